@@ -1,0 +1,329 @@
+"""LLaDA, written natively: bidirectional LLaMA-shaped blocks over packed rows, with the released key names.
+
+Shape legend: T packed rows, B sequences, L padded length, d model width, H query heads, K key/value heads, D head size,
+V vocabulary, M rows that get logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .attention import attention
+from .configuration import LLaDAConfig
+from .packing import PackedSequences, cumulative_lengths, lengths_from_mask
+
+Modulation = tuple[Tensor, Tensor]  # scale and shift, each [T, d]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with float32 statistics, cast back before the weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d] -> [T, d]."""
+        full = x.float()
+        full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * full.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), half-split layout.
+
+    Returns:
+        two float32 tensors [T, 1, D].
+    """
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Applies the rotary embedding to [T, H, D] in float32."""
+    cos, sin = rotary
+    full = x.float()
+    first, second = full.chunk(2, dim=-1)
+    return (full * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def modulate(x: Tensor, modulation: Modulation | None) -> Tensor:
+    """Adaptive layer norm: x (1 + scale) + shift (Peebles and Xie, arXiv 2212.09748)."""
+    if modulation is None:
+        return x
+    scale, shift = modulation
+    # The modulation may be float32 beside a bfloat16 backbone; the stream keeps the backbone's dtype.
+    return (x * (1 + scale) + shift).to(x.dtype)
+
+
+class LLaDABlock(nn.Module):
+    """Pre-norm attention and gated MLP, without biases."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.head_size = config.d_model // config.n_heads
+        kv_size = config.n_kv_heads * self.head_size
+        self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, packed: PackedSequences, rotary: tuple[Tensor, Tensor], modulation: Modulation | None
+    ) -> Tensor:
+        """[T, d] -> [T, d]."""
+        h = modulate(self.attn_norm(x), modulation)
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = attention(rotate(q, rotary), rotate(k, rotary), v, packed)
+        x = x + self.attn_out(mixed.flatten(1))
+        h = modulate(self.ff_norm(x), modulation)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class LLaDAModel(nn.Module):
+    """The backbone: embedding, blocks, final norm, and the LM head unless it is tied to the embedding."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
+        modules: dict[str, nn.Module] = {
+            "wte": nn.Embedding(config.vocab_size, config.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            modules["ff_out"] = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.transformer = nn.ModuleDict(modules)
+
+    def forward(
+        self, packed: PackedSequences, *, added: Tensor | None = None, modulations: list[Modulation] | None = None
+    ) -> Tensor:
+        """Final hidden states, after the last norm.
+
+        Args:
+            packed: T rows.
+            added: [T, d] added to the token embeddings, or None.
+            modulations: one (scale, shift) for each block, or None.
+
+        Returns:
+            [T, d].
+        """
+        x = self.transformer["wte"](packed.tokens)
+        if added is not None:
+            x = x + added.to(x.dtype)
+        rotary = rotary_angles(packed.positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        for i, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
+            modulation = None if modulations is None else modulations[i]
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, packed, rotary, modulation)
+            else:
+                x = block(x, packed, rotary, modulation)
+        return self.transformer["ln_f"](x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head: [M, d] -> [M, V]."""
+        if self.config.weight_tying:
+            return F.linear(hidden, cast(nn.Embedding, self.transformer["wte"]).weight)
+        return self.transformer["ff_out"](hidden)
+
+
+@dataclass
+class LLaDAOutput(ModelOutput):
+    """logits: [M, V] of a packed call, [B, L, V] of a dense one; last_hidden_state: [T, d] or [B, L, d]."""
+
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    """What both models share with transformers: initialisation, checkpointing, and strict loading."""
+
+    config_class: type[LLaDAConfig] = LLaDAConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDABlock"]
+    _supports_sdpa = True
+
+    model: LLaDAModel
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        elif isinstance(module, (RMSNorm, nn.LayerNorm)):
+            nn.init.ones_(module.weight)
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            nn.init.zeros_(bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer["wte"]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.config.weight_tying else self.model.transformer["ff_out"]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes each block in the backward pass (non-reentrant: a frozen embedding's output has no gradient)."""
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.model.gradient_checkpointing = True
+        self.model._gradient_checkpointing_func = lambda *args: checkpoint(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing = False
+
+    @classmethod
+    def _load_strictly(
+        cls, path: str | os.PathLike[str], config: LLaDAConfig, fresh: tuple[str, ...], **kwargs: Any
+    ) -> Any:
+        """transformers' from_pretrained, with every missing, surplus or misshapen tensor an error.
+
+        Args:
+            fresh: names of top-level modules that the checkpoint has nothing of and that are freshly initialised.
+
+        Raises:
+            ValueError: a file or tensor is missing, surplus or misshapen (named).
+        """
+        check_weight_files(path)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.update(ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True)
+        model: PreTrainedModel
+        info: dict[str, Any]
+        with _without_load_report():
+            model, info = super().from_pretrained(path, config=config, **kwargs)
+        new = {name for name in model.state_dict() if name.split(".")[0] in fresh}
+        problems = {
+            "missing": sorted(set(info["missing_keys"]) - new),
+            "surplus": sorted({*info["unexpected_keys"], *(new - set(info["missing_keys"]))}),
+            "misshapen": sorted(
+                f"{key} {list(ours)} for {list(theirs)}" for key, ours, theirs in info["mismatched_keys"]
+            ),
+        }
+        for kind, names in problems.items():
+            if names:
+                raise ValueError(
+                    f"{path}: {len(names)} {kind} tensors for {cls.__name__}: {', '.join(names[:4])}"
+                    f"{' ...' if len(names) > 4 else ''}; the weights do not belong to this config.json"
+                )
+        return (model, info) if wants_info else model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' warnings about missing and surplus tensors, which are errors or intended here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_weight_files(path: str | os.PathLike[str]) -> None:
+    """Refuses a local directory whose weights are absent or incomplete.
+
+    Raises:
+        ValueError: no safetensors weights, an unreadable index, or a shard that the index names is missing.
+    """
+    if not os.path.isdir(path):
+        return  # a Hub id: transformers downloads what the index names
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(os.path.join(path, "model.safetensors")):
+        return
+    if not os.path.isfile(index):
+        raise ValueError(f"{path}: holds neither model.safetensors nor model.safetensors.index.json")
+    try:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: is not a safetensors index ({error})") from error
+    for shard in shards:
+        if os.path.basename(shard) != shard:
+            raise ValueError(f"{index}: shard name {shard!r} leaves the directory")
+        if not os.path.isfile(os.path.join(path, shard)):
+            raise ValueError(f"{path}: {shard} is missing, though the index names it (incomplete download?)")
+
+
+def dense_layout(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lengths int64 [B] and token positions bool [B, L] of a dense call."""
+    if attention_mask is None:
+        lengths = torch.full((input_ids.shape[0],), input_ids.shape[1], device=input_ids.device)
+    else:
+        lengths = lengths_from_mask(attention_mask)
+    return lengths, torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+
+
+def mask_rows(packed: PackedSequences, mask_token_id: int) -> Tensor:
+    """int64 [M]: the rows that hold the mask token."""
+    return (packed.tokens == mask_token_id).nonzero().squeeze(-1)
+
+
+class LLaDAForMaskedDiffusion(LLaDAPreTrainedModel):
+    """LLaDA: logits, unshifted, for every masked token (arXiv 2502.09992)."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *args: Any, config: LLaDAConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Loads a released-layout directory or Hub id (one file or sharded), strictly.
+
+        Raises:
+            ValueError: see `_load_strictly`; the config asks for something unsupported or is not LLaDA's.
+        """
+        config_dict, _ = LLaDAConfig.get_config_dict(path, revision=kwargs.get("revision"))
+        if config_dict.get("model_type") != LLaDAConfig.model_type:
+            raise ValueError(
+                f"{path}: config.json has model_type {config_dict.get('model_type')!r}, LLaDA needs 'llada'"
+            )
+        config = config or LLaDAConfig.from_dict(config_dict)
+        return cls._load_strictly(path, config, (), **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        packed: PackedSequences | None = None,
+        logit_rows: Tensor | None = None,
+    ) -> LLaDAOutput:
+        """Dense call: input_ids int64 [B, L], attention_mask [B, L] (padding on the right).
+
+        Packed call: `packed` (no slots), and `logit_rows` int64 [M], the rows that get logits (default: the masks).
+        """
+        if packed is not None:
+            rows = mask_rows(packed, self.config.mask_token_id) if logit_rows is None else logit_rows
+            hidden = self.model(packed)
+            return LLaDAOutput(logits=self.model.logits(hidden[rows]), last_hidden_state=hidden)
+        if input_ids is None:
+            raise ValueError("forward needs input_ids or packed")
+        lengths, occupied = dense_layout(input_ids, attention_mask)
+        hidden = self.model(PackedSequences(input_ids[occupied], cumulative_lengths(lengths)))
+        dense = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
+        dense[occupied] = hidden
+        logits = hidden.new_zeros(*input_ids.shape, self.config.vocab_size)
+        logits[occupied] = self.model.logits(hidden)
+        return LLaDAOutput(logits=logits, last_hidden_state=dense)

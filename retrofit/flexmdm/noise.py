@@ -1,0 +1,59 @@
+"""Counter-based random numbers: a draw is a function of its key, never of what was drawn before it.
+
+Training noise is keyed by (seed, ordinal, position), sampling noise by (seed, sequence, step, position). Workers,
+ranks, batch composition and resumption therefore cannot change a draw. The generator chains the finaliser of SplitMix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) over the counters, in wrapping
+int64 arithmetic, so that it is the same on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WEYL = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as `value` modulo 2^64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
+    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
+    return x ^ _shift_right(x, 31)
+
+
+def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
+    """Uniform draws in the open interval (0, 1), one for each element of the broadcast counters.
+
+    Args:
+        seed: any integer; taken modulo 2^64.
+        counters: integers or int64 tensors that broadcast together. Their order matters.
+
+    Returns:
+        float64 tensor of the broadcast shape (a scalar tensor if all counters are integers).
+
+    Example:
+        keyed_uniform(0, ordinals[:, None], torch.arange(length))  # [B, length]
+    """
+    device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
+    state = _mix(torch.tensor(_signed(seed * _WEYL + _WEYL), device=device))
+    for counter in counters:
+        if not isinstance(counter, Tensor):
+            counter = torch.tensor(_signed(counter), device=device)
+        state = _mix(state ^ (counter * _signed(_WEYL) + _signed(_MULTIPLIERS[0])))
+    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+
+
+def keyed_permutation(size: int, seed: int, *counters: int) -> Tensor:
+    """A uniformly random permutation of range(size), int64 [size], that depends on its key alone."""
+    return keyed_uniform(seed, *counters, torch.arange(size)).argsort()

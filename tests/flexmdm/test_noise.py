@@ -1,0 +1,55 @@
+import torch
+
+from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform
+
+
+def test_a_draw_depends_on_its_key_alone() -> None:
+    ordinals, positions = torch.arange(50), torch.arange(20)
+    block = keyed_uniform(7, ordinals[:, None], 3, positions)
+    assert block.shape == (50, 20) and block.dtype == torch.float64
+    assert keyed_uniform(7, 31, 3, 11) == block[31, 11]
+    assert torch.equal(keyed_uniform(7, ordinals.flip(0)[:, None], 3, positions), block.flip(0))
+
+
+def test_every_part_of_the_key_matters() -> None:
+    position = torch.arange(1000)
+    base = keyed_uniform(1, 2, 3, position)
+    for other in (keyed_uniform(2, 2, 3, position), keyed_uniform(1, 3, 3, position), keyed_uniform(1, 3, 2, position)):
+        assert not torch.equal(base, other)
+        assert abs(torch.corrcoef(torch.stack((base, other)))[0, 1]) < 0.1  # 3 standard errors
+
+
+def test_keys_are_taken_modulo_two_to_the_64() -> None:
+    assert keyed_uniform(-1, 5) == keyed_uniform(2**64 - 1, 5)
+    assert keyed_uniform(0, -1) == keyed_uniform(0, 2**64 - 1)
+
+
+def test_draws_are_uniform_along_each_counter() -> None:
+    """Kolmogorov-Smirnov at 5e-4 significance (2.0 / sqrt n), along every counter and over a grid of seeds."""
+    n = 20_000
+    many = torch.arange(n)
+    draws = [
+        keyed_uniform(0, many),
+        keyed_uniform(0, many, 1),
+        keyed_uniform(0, 1, many),
+        keyed_uniform(0, many * 2**32),
+    ]
+    draws.append(torch.stack([keyed_uniform(seed, 0) for seed in range(n // 10)]))
+    for u in draws:
+        u = u.sort().values
+        assert 0 < u[0] and u[-1] < 1
+        expected = (torch.arange(u.numel()) + 0.5) / u.numel()
+        assert (u - expected).abs().max() < 2.0 / u.numel() ** 0.5
+
+
+def test_neighbouring_draws_are_uncorrelated() -> None:
+    u = keyed_uniform(3, torch.arange(300)[:, None], torch.arange(300)) - 0.5
+    for product in (u[1:] * u[:-1], u[:, 1:] * u[:, :-1]):
+        assert product.mean().abs() < 4 / 12 / product.numel() ** 0.5
+
+
+def test_a_permutation_holds_each_index_once_and_differs_by_key() -> None:
+    first, second = keyed_permutation(100, 0, 1), keyed_permutation(100, 0, 2)
+    assert torch.equal(first.sort().values, torch.arange(100))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, keyed_permutation(100, 0, 1))
