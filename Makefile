@@ -1,0 +1,41 @@
+# make demo    train, retrofit and compare a toy model on two cores, in minutes
+# make test    lint, types and tests
+# make setup   only the environment (implied by the others; does nothing, and needs no network, once it is up to date)
+# make lint    ruff and mypy
+# make clean   remove the environment, builds and caches; runs stay
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# The virtual environment's commands come first, for recipes that call `retrofit`, `accelerate` or `python`.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+setup: $(STAMP)
+
+# constraints.txt pins torch: without a pin pip may bring gigabytes of CUDA. On a Linux machine whose package index has
+# only CUDA builds of torch, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index first.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a minute or two"
+	$(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	bash recipes/demo/demo.sh
+
+test: lint
+	python -m pytest
+
+lint: setup
+	ruff check .
+	mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find retrofit tests -name __pycache__ -type d -prune -exec rm -rf {} +

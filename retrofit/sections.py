@@ -1,0 +1,278 @@
+"""The recipe's sections: every field with its type, bounds, default and meaning, and the contradictions between fields.
+
+A field's documentation string is also what `retrofit train --help` prints. To add a field, add it here.
+Paths are taken relative to the directory in which the command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from retrofit.credentials import holds_token, mask
+
+# ---------------------------------------------------------------------------------------------------------------- types
+
+
+def _whole(value: Any) -> Any:
+    """Lets `1e3` stand for 1000 where an integer is expected; anything else is left for the type check to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_token(text: str) -> str:
+    if holds_token(text):
+        raise ValueError(
+            f'holds something shaped like an access token ("{mask(text)}"); recipes are copied into every run, '
+            "so remove it and set HF_TOKEN or WANDB_API_KEY in the environment"
+        )
+    return text
+
+
+def _no_token_but_commit(text: str) -> str:
+    return _no_token(text) if holds_token(text, may_be_commit=True) else text
+
+
+def _schedule(schedule: dict[str, Any]) -> dict[str, Any]:
+    """Checks the form only; which types and parameters there are, `retrofit.flexmdm.schedules` knows."""
+    if not isinstance(schedule.get("type"), str):
+        raise ValueError("needs a type, for example {type: linear} or {type: power, exponent: 1.7}")
+    for name, value in schedule.items():
+        if name != "type" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} must be a number")
+    return schedule
+
+
+PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+ProperFraction = Annotated[float, Field(ge=0, lt=1)]
+Prompt = Annotated[str, AfterValidator(_no_token)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_token)]
+Revision = Annotated[str, Field(min_length=1), AfterValidator(_no_token_but_commit)]
+Schedule = Annotated[dict[str, Any], AfterValidator(_schedule)]
+
+# Strict: no conversion between types. A failing value is not echoed by pydantic, since it might be a token.
+_STRICT = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True, use_attribute_docstrings=True
+)
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class ModelSection:
+    """What training starts from. Fields that are null are inherited from the checkpoint, or else take the default."""
+
+    init_from: Text
+    """run directory, checkpoint, adapter, merged directory or Hub id whose weights training starts from"""
+    revision: Revision | None = None
+    """branch, tag or commit of a Hub id"""
+    merge_first: bool = False
+    """merge the adapter found at init_from into its base, instead of continuing its factors"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """storage of the frozen weights; trainable ones are always float32"""
+    insertion_schedule: Schedule | None = None
+    """alpha, the insertion schedule, for example {type: power, exponent: 1.7}"""
+    unmasking_schedule: Schedule | None = None
+    """beta, the unmasking schedule, in the same form"""
+    alpha_end: Annotated[float, Field(gt=0, le=1)] | None = None
+    """value of alpha at which insertion ends"""
+    time_input: Literal["alpha", "t"] | None = None
+    """what the time embedding is fed; with alpha the model is valid for other schedules too"""
+    time_group_size: PositiveInt | None = None
+    """blocks that share one time modulation"""
+    time_embedding_size: PositiveInt | None = None
+    """width of the sinusoidal time embedding"""
+    time_hidden_size: PositiveInt | None = None
+    """hidden width of the time embedding's MLP"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class LoraSection:
+    """Low-rank adaptation by PEFT. Without this section all weights are trained."""
+
+    r: PositiveInt
+    """rank of the factors"""
+    lora_alpha: PositiveFloat
+    """scale: the update is multiplied by lora_alpha / r"""
+    lora_dropout: ProperFraction = 0.0
+    """dropout probability on the factors' input; exact resumption across world sizes needs 0"""
+    target_modules: Annotated[list[Text], Field(min_length=1)]
+    """names of the adapted modules, for example [q_proj, k_proj, v_proj]; each must match at least one"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class DataSection:
+    """The prepared data."""
+
+    path: Text
+    """directory written by `retrofit preprocess`"""
+    num_workers: Count = 0
+    """worker processes per rank that prepare steps ahead; does not change what is trained on"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class ObjectiveSection:
+    """The training objective."""
+
+    name: Literal["flexmdm", "mdm"]
+    """flexmdm (variable length) or mdm (LLaDA's own fixed-window objective, the baseline)"""
+    window: PositiveInt
+    """tokens; the loss is divided by documents times window, and an mdm pads its documents to it"""
+    time_strata: PositiveInt | None = None
+    """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class OptimizerSection:
+    """AdamW with warm-up and decay, and gradient clipping."""
+
+    learning_rate: PositiveFloat
+    """peak learning rate"""
+    new_modules_learning_rate: PositiveFloat | None = None
+    """peak learning rate of the time conditioning, flags and insertion head; null: learning_rate"""
+    weight_decay: NonNegativeFloat = 0.01
+    """decoupled weight decay on matrices; LoRA factors, norms and biases have none"""
+    adam_beta1: ProperFraction = 0.9
+    """decay of the gradient's running mean"""
+    adam_beta2: ProperFraction = 0.999
+    """decay of the squared gradient's running mean"""
+    adam_epsilon: PositiveFloat = 1e-8
+    """added to the denominator"""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """global gradient norm above which gradients are scaled down; null: no clipping"""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """decay after warm-up, to min_lr_ratio at max_steps"""
+    warmup_ratio: Fraction = 0.05
+    """fraction of max_steps over which the rate rises linearly from 0"""
+    min_lr_ratio: Fraction = 0.0
+    """last learning rate as a fraction of the peak"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class TrainingSection:
+    """How long, how large, and what is written when. A step is one optimizer step."""
+
+    output_dir: Text
+    """run directory; if it holds a run of this recipe, training resumes"""
+    seed: Count = 0
+    """seed of initialisation, order, t and noise"""
+    max_steps: PositiveInt
+    """steps to train, counted from the start of the run"""
+    documents_per_step: PositiveInt
+    """documents of one step over all ranks: the one batch size that defines training"""
+    max_tokens_per_device: PositiveInt = 16384
+    """rows of one micro-batch on one rank; bounds memory, does not change what is trained on"""
+    per_device_train_batch_size: PositiveInt | None = None
+    """optional check: times gradient_accumulation_steps times ranks it must be documents_per_step"""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """optional check, see per_device_train_batch_size; micro-batches follow max_tokens_per_device"""
+    bf16: bool = False
+    """compute in bfloat16 under autocast"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """decay per step of the averaged weights; null: none kept"""
+    save_steps: PositiveInt
+    """steps between checkpoints"""
+    save_total_limit: PositiveInt | None = None
+    """checkpoints kept, the newest first; null: all"""
+    eval_steps: PositiveInt | None = None
+    """steps between measurements of the held-out loss; null: none"""
+    eval_documents: PositiveInt = 256
+    """held-out documents measured"""
+    logging_steps: PositiveInt = 10
+    """steps between lines of the log"""
+    sample_steps: PositiveInt | None = None
+    """steps between samples drawn while training; null: none"""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """trackers besides log.jsonl, which is always written"""
+
+    def __post_init__(self) -> None:
+        known = (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1)
+        if self.documents_per_step % known:
+            raise ValueError(f"{self._batch()} is no divisor of documents_per_step: {self.documents_per_step}")
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses batch sizes that do not multiply to documents_per_step over `world_size` ranks (ValueError).
+
+        Does nothing where neither per_device_train_batch_size nor gradient_accumulation_steps is given.
+        """
+        sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        product = world_size * (sizes[0] or 1) * (sizes[1] or 1)
+        wrong = self.documents_per_step != product if None not in sizes else self.documents_per_step % product
+        if sizes != (None, None) and wrong:
+            raise ValueError(
+                f"training: {self._batch()} on {world_size} ranks makes {product} documents, which contradicts "
+                f"documents_per_step: {self.documents_per_step}; change one of them or leave the former out"
+            )
+
+    def _batch(self) -> str:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        return " x ".join(f"{name}: {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class SamplingSection:
+    """Samples drawn while training, every training.sample_steps steps."""
+
+    prompts: Annotated[list[Prompt], Field(min_length=1)] = field(default_factory=lambda: [""])
+    """texts to continue; the empty text gives an unconditional sample"""
+    steps: PositiveInt = 64
+    """sampling steps"""
+    order: Literal["random", "confidence"] = "random"
+    """which masks are written first"""
+    temperature: NonNegativeFloat = 1.0
+    """of the token distribution; 0 takes the likeliest token"""
+
+
+@dataclass(config=_STRICT, kw_only=True, frozen=True)
+class Recipe:
+    """A whole recipe. Errors of construction are ValueErrors."""
+
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    lora: LoraSection | None = None
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+
+    def __post_init__(self) -> None:
+        rows = self.objective.window + 1
+        if self.training.max_tokens_per_device < rows:
+            raise ValueError(
+                f"training.max_tokens_per_device: {self.training.max_tokens_per_device} cannot hold one document of "
+                f"objective.window: {self.objective.window} tokens and its end slot; make it at least {rows}"
+            )
+        if self.objective.name == "mdm":
+            variable_length = [f"model.{name}" for name in _FLEXMDM_FIELDS if getattr(self.model, name) is not None]
+            if self.optimizer.new_modules_learning_rate is not None:
+                variable_length.append("optimizer.new_modules_learning_rate")
+            if variable_length:
+                raise ValueError(
+                    f"objective.name: mdm has no use for {', '.join(variable_length)}; remove or choose flexmdm"
+                )
+
+
+_FLEXMDM_FIELDS = (
+    "insertion_schedule", "unmasking_schedule", "alpha_end", "time_input",
+    "time_group_size", "time_embedding_size", "time_hidden_size",
+)  # fmt: skip
+
+SECTIONS: Mapping[str, type] = {
+    "model": ModelSection,
+    "lora": LoraSection,
+    "data": DataSection,
+    "objective": ObjectiveSection,
+    "optimizer": OptimizerSection,
+    "training": TrainingSection,
+    "sampling": SamplingSection,
+}
+OPTIONAL_SECTIONS = ("lora", "sampling")
