@@ -1,0 +1,138 @@
+"""The stream of training steps: which documents, with what noise, in which micro-batch of which rank.
+
+Everything about an example is a function of (seed, ordinal of its draw). A step's ordinals depend on the step alone;
+ranks, workers, accumulation and the token budget only decide who computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform
+from retrofit.objective.objectives import Examples, MicroBatch, Objective
+
+from .store import TokenStore
+
+# Keys of the draws that are not the objective's own.
+_ORDER, _STRATUM, _TIME = 11, 12, 13
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    return keyed_permutation(size, seed, _ORDER, epoch)
+
+
+def document_order(ordinals: Tensor, size: int, seed: int) -> Tensor:
+    """int64 [B]: the document of each draw. Each run of `size` ordinals is a fresh permutation of all documents."""
+    epochs, places = ordinals // size, ordinals % size
+    out = torch.empty_like(ordinals)
+    for epoch in epochs.unique().tolist():
+        at = epochs == epoch
+        out[at] = _epoch_order(size, seed, epoch)[places[at]]
+    return out
+
+
+def stratified_times(ordinals: Tensor, strata: int, seed: int) -> Tensor:
+    """float64 [B]: t of each draw, uniform on (0, 1).
+
+    Each block of `strata` consecutive ordinals has one t in every interval of length 1 / strata, in permuted order, so
+    that a step's loss varies less.
+    """
+    blocks, places = ordinals // strata, ordinals % strata
+    stratum = torch.empty_like(ordinals)
+    for block in blocks.unique().tolist():
+        at = blocks == block
+        stratum[at] = keyed_permutation(strata, seed, _STRATUM, block)[places[at]]
+    return (stratum + keyed_uniform(seed, _TIME, ordinals)) / strata
+
+
+def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Spreads documents over bins, longest first into the emptiest (greedy, within 4/3 of the best balance).
+
+    Returns:
+        `bins` lists of indices into `lengths`, each in rising order; some may be empty.
+    """
+    loads = [0] * bins
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        emptiest = min(range(bins), key=lambda b: (loads[b], len(members[b]), b))
+        loads[emptiest] += lengths[index]
+        members[emptiest].append(index)
+    return [sorted(rows) for rows in members]
+
+
+class StepStream(Dataset[list[MicroBatch]]):
+    """`stream[step]` is the list of micro-batches of this rank, as many on every rank.
+
+    Args:
+        documents_per_step: documents of a step over all ranks.
+        time_strata: block of ordinals over which t is stratified.
+        max_tokens_per_device: most rows of a micro-batch, counted after deletion.
+        micro_batches: least number of micro-batches of a step on each rank.
+        max_steps: length of the stream.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        objective: Objective,
+        *,
+        seed: int,
+        documents_per_step: int,
+        time_strata: int,
+        max_tokens_per_device: int,
+        micro_batches: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        max_steps: int,
+    ):
+        self.store = store
+        self.objective = objective
+        self.seed = seed
+        self.documents_per_step = documents_per_step
+        self.time_strata = time_strata
+        self.max_tokens_per_device = max_tokens_per_device
+        self.micro_batches = micro_batches
+        self.rank = rank
+        self.world_size = world_size
+        self.max_steps = max_steps
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def ordinals(self, step: int) -> Tensor:
+        """int64 [documents_per_step]: the draws of a step."""
+        return torch.arange(step * self.documents_per_step, (step + 1) * self.documents_per_step)
+
+    def examples(self, ordinals: Tensor) -> Examples:
+        """The corrupted documents of these draws."""
+        documents = self.store.documents(document_order(ordinals, len(self.store), self.seed).tolist())
+        return self.objective.prepare(documents, ordinals, stratified_times(ordinals, self.time_strata, self.seed))
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        examples = self.examples(self.ordinals(step))
+        bins = self.cut(examples.lengths.tolist())
+        return [examples.micro_batch(rows) for rows in bins[self.rank :: self.world_size]]
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Cuts documents into bins within the token budget, a multiple of the world size of them.
+
+        Raises:
+            ValueError: one document alone exceeds the budget.
+        """
+        if max(lengths) > self.max_tokens_per_device:
+            raise ValueError(
+                f"training.max_tokens_per_device: {self.max_tokens_per_device} tokens hold no document of "
+                f"{max(lengths)}; raise it, or preprocess with a smaller --max-length"
+            )
+        rounds = max(self.micro_batches, -(-sum(lengths) // (self.max_tokens_per_device * self.world_size)))
+        while True:
+            bins = balance(lengths, rounds * self.world_size)
+            if max(sum(lengths[i] for i in rows) for rows in bins) <= self.max_tokens_per_device:
+                return bins
+            rounds += 1

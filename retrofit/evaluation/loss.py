@@ -1,0 +1,94 @@
+"""Held-out loss by term, with noise that depends on nothing but the seed and the document's place in the order."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrofit.data.store import TokenStore
+from retrofit.data.stream import StepStream
+from retrofit.objective import FlexMDMObjective, MDMObjective
+
+from . import Score
+
+DOCUMENTS_AT_ONCE = 256
+MAX_ROWS = 16384  # rows of one forward pass: bounds memory, changes nothing else
+
+
+def score_loss(
+    model: Any, data: Path, *, split: str, limit: int | None, window: int | None, seed: int, max_rows: int = MAX_ROWS
+) -> Score:
+    """Mean loss of a document by term, in nats, with its standard error.
+
+    One t a document, stratified over all of them. The terms are those of training before its division by the window:
+    `unmasking` and for a FlexMDM `insertion`. A FlexMDM's sum bounds -log p from above, but loosely, and an MDM's
+    counts the end tokens of its canvas: the two must not be compared.
+
+    Args:
+        limit: measure only so many documents (drawn by the seed); None means all.
+        window: an MDM's canvas; None means the longest document of the store.
+
+    Raises ValueError when the store does not fit the model or the split is empty.
+    """
+    store = TokenStore.open(data, split)  # type: ignore[arg-type]
+    is_flexmdm = model.config.model_type == "flexmdm"
+    longest = max(record.longest for record in store.manifest.splits.values())
+    canvas = None if is_flexmdm else window or longest
+    store.check_fits(model.config, window=canvas)
+    if not len(store):
+        raise ValueError(
+            f"{data}: the split {split} is empty: prepare the data with a larger --held-out, or give --split"
+        )
+    objective = (
+        FlexMDMObjective(model.config, seed) if is_flexmdm else MDMObjective(model.config, seed, canvas or longest)
+    )
+    total = min(limit or len(store), len(store))
+    stream = StepStream(
+        store,
+        objective,
+        seed=seed,
+        documents_per_step=total,
+        time_strata=total,
+        max_tokens_per_device=max(max_rows, (canvas or longest) + 1),
+        max_steps=1,
+    )
+    values: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for ordinals in torch.arange(total).split(DOCUMENTS_AT_ONCE):
+            examples = stream.examples(ordinals)
+            for rows in stream.cut(examples.lengths.tolist()):
+                batch = examples.micro_batch(rows).to(model.device)
+                for name, losses in objective.loss_terms(model, batch).items():
+                    values.setdefault(name, []).extend(losses.double().tolist())
+    values["total"] = [sum(losses) for losses in zip(*values.values(), strict=True)]
+    terms = {name: _mean_and_error(losses) for name, losses in values.items()}
+    lines = [f"{'term':<12}{'nats a document':>16}{'standard error':>16}"]
+    lines += [f"{name:<12}{term['mean']:>16.3f}{term['error']:>16.3f}" for name, term in terms.items()]
+    lines.append(f"{total:,} documents of {split}")
+    summary = {"documents": total, "terms": terms}
+    settings = {
+        "seed": seed,
+        "window": canvas,
+        "data": {"split_digest": store.digest, "manifest": store.manifest.digest},
+    }
+    return Score("\n".join(lines), summary, settings)
+
+
+def recipe_window(directory: Path) -> int | None:
+    """`objective.window` of the run that a checkpoint belongs to, or None where there is no recipe beside it."""
+    from retrofit.recipe import load_recipe
+
+    for folder in (directory, *list(directory.resolve().parents)[:2]):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml", []).objective.window
+    return None
+
+
+def _mean_and_error(values: list[float]) -> dict[str, float]:
+    """Mean and its standard error (for stratified t an upper estimate)."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {"mean": mean, "error": math.sqrt(variance / len(values))}

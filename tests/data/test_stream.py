@@ -1,0 +1,102 @@
+"""A step is a function of recipe and step alone; ranks, workers and the budget only decide who computes what."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from retrofit.data.stream import StepStream, balance, document_order, stratified_times
+from retrofit.flexmdm import FlexMDMConfig
+from retrofit.objective import FlexMDMObjective, MicroBatch
+
+CONFIG = FlexMDMConfig(
+    vocab_size=60, d_model=8, n_layers=1, n_heads=1, mlp_hidden_size=8, max_sequence_length=64,
+    mask_token_id=58, pad_token_id=59, eos_token_id=59,
+)  # fmt: skip
+
+
+class Store:
+    """Thirty documents of lengths 0 to 29, document d made of token d."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def documents(self, indices: list[int]) -> SimpleNamespace:
+        lengths = torch.tensor(indices)
+        inside = torch.arange(29) < lengths[:, None]
+        return SimpleNamespace(
+            tokens=lengths[:, None].expand(-1, 29).masked_fill(~inside, 59),
+            lengths=lengths,
+            kept=torch.zeros_like(inside),
+            open_gaps=torch.arange(30) <= lengths[:, None],
+        )
+
+
+def stream(**changes: int) -> StepStream:
+    settings = {"seed": 5, "documents_per_step": 12, "time_strata": 12, "max_tokens_per_device": 200, "max_steps": 6}
+    return StepStream(Store(), FlexMDMObjective(CONFIG, seed=5), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def by_ordinal(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int], float]]:
+    """ordinal -> tokens, gaps and t of its example."""
+    found = {}
+    for batch in batches:
+        assert batch.gaps is not None
+        ends = batch.packed.cu_seqlens.tolist()
+        for b, ordinal in enumerate(batch.ordinals.tolist()):
+            rows = slice(ends[b], ends[b + 1])
+            assert ordinal not in found
+            found[ordinal] = (batch.packed.tokens[rows].tolist(), batch.gaps[rows].tolist(), float(batch.timesteps[b]))
+    return found
+
+
+def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() -> None:
+    for step in range(3):
+        alone = by_ordinal(stream()[step])
+        assert sorted(alone) == list(range(12 * step, 12 * step + 12))
+        for changes in ({"world_size": 3}, {"micro_batches": 4}, {"max_tokens_per_device": 40}, {"world_size": 16}):
+            shares = [stream(**changes, rank=rank)[step] for rank in range(changes.get("world_size", 1))]
+            assert len({len(share) for share in shares}) == 1  # as many micro-batches on every rank
+            assert by_ordinal([batch for share in shares for batch in share]) == alone
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    loader = DataLoader(stream(), batch_size=None, sampler=range(2, 6), num_workers=workers)
+    for step, batches in zip(range(2, 6), loader, strict=True):
+        assert by_ordinal(batches) == by_ordinal(stream()[step])
+
+
+def test_no_micro_batch_exceeds_the_budget() -> None:
+    for step in range(6):
+        for batch in stream(max_tokens_per_device=30)[step]:
+            assert batch.num_tokens <= 30
+
+
+def test_a_document_over_the_budget_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_device: 3 tokens hold no document of"):
+        stream(max_tokens_per_device=3)[0]
+
+
+def test_each_epoch_is_a_new_permutation_of_all_documents() -> None:
+    order = document_order(torch.arange(90), 30, seed=1).view(3, 30)
+    assert torch.equal(order.sort(1).values, torch.arange(30).expand(3, 30))
+    assert not torch.equal(order[0], order[1])
+    assert torch.equal(document_order(torch.tensor([77, 3]), 30, seed=1), order.flatten()[[77, 3]])
+
+
+def test_times_hold_one_of_each_stratum_in_permuted_order() -> None:
+    t = stratified_times(torch.arange(160), 16, seed=2).view(10, 16)
+    strata = (t * 16).long()
+    assert torch.equal(strata.sort(1).values, torch.arange(16).expand(10, 16))
+    assert not (strata == strata[0]).all()
+    assert ((t * 16) % 1).mean() == pytest.approx(0.5, abs=0.07)
+
+
+def test_greedy_balance_is_close_to_even() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 1025, (128,), generator=generator).tolist()
+    loads = [sum(lengths[i] for i in rows) for rows in balance(lengths, 16)]
+    assert max(loads) / (sum(lengths) / 16) < 1.02
+    assert sorted(i for rows in balance(lengths, 16) for i in rows) == list(range(128))
