@@ -185,8 +185,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 draw_growing(results, level, pictures[-1])
                 print(text_growing(results, level))
             print(*pictures, sep="\n")
+        print(comparison(every))
     except (ValueError, OSError) as error:
         parser.exit(2, f"retrofit: error: {error}\n")
+
+
+def comparison(every: Sequence[Results]) -> str:
+    """A table of all evaluations: a row each, success with its 95 % interval for every level."""
+    width = max(len(results.name) for results in every) + 2
+    lines = ["", " " * width + f"{'steps':>5}" + "".join(f"{level:>18}" for level in LEVELS)]
+    for results in every:
+        steps = results.settings["sampler"]["steps"]
+        cells = []
+        for level in LEVELS:
+            summary = results.settings["summary"]["levels"][level]
+            low, high = (100 * end for end in summary["interval"])
+            cells.append(f"{100 * summary['success']:.1f} % ({low:.0f}-{high:.0f})".rjust(18))
+        lines.append(f"{results.name:<{width}}{steps:>5}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def text_growing(results: Results, level: str) -> str:

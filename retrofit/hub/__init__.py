@@ -1,0 +1,1 @@
+"""Between directories and models: loading, and later export, merge, push and import."""

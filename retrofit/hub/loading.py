@@ -1,0 +1,255 @@
+"""From what a user names (run, checkpoint, adapter, merged directory, Hub id) to a model and its tokenizer.
+
+No remote code is run and nothing is unpickled. Loading is strict: a tensor or an adapter key that is missing, surplus
+or misshapen is an error, never a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
+from retrofit.training import adapters, checkpoint
+
+Model = LLaDAForMaskedDiffusion | FlexMDMForMaskedDiffusion
+Kind = Literal["full", "adapter"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", adapters.CONFIG_FILE, *TOKENIZER_FILES]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights lie.
+
+    Attributes:
+        kind: "full", or "adapter" where LoRA factors are to be put on a base.
+        directory: holds config.json and the tokenizer, and model.safetensors (full) or the adapter.
+        adapter: the PEFT directory, for an adapter.
+        name: what others can load it by: the Hub id, or the directory's absolute path.
+        revision: the commit of a Hub id, else None.
+    """
+
+    kind: Kind
+    directory: Path
+    name: str
+    adapter: Path | None = None
+    revision: str | None = None
+
+    def digest(self) -> str:
+        """Stands for the weights: a checkpoint's own digest, a Hub commit, or SHA-256 over the weight files."""
+        if self.revision:
+            return f"hub:{self.name}@{self.revision}"
+        try:
+            return str(checkpoint.read_manifest(self.directory)["digest"])
+        except ValueError:
+            pass
+        folder = self.adapter or self.directory
+        hashes = {path.name: checkpoint.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        return "sha256:" + checkpoint.digest_of(hashes)
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Source:
+    """Finds the weights that `path` names.
+
+    Args:
+        path: a run directory (its final/, else its newest checkpoint that verifies), a checkpoint, a bare PEFT adapter
+            directory, a directory in the released layout, or a Hub id, which is downloaded (safetensors only).
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: there is nothing of the kind (what was found instead is said).
+    """
+    directory = Path(path)
+    if not directory.exists():
+        return _from_hub(str(path), revision)
+    if revision:
+        raise ValueError(f"{path}: is a local directory, so the revision {revision!r} has no meaning; leave it out")
+    if not directory.is_dir():
+        raise ValueError(f"{path}: is a file; give the directory that holds config.json")
+    if (directory / "checkpoints").is_dir() or (directory / "final").is_dir():
+        directory = _newest_of_run(directory)
+    return _in_directory(directory, str(directory.resolve()), None)
+
+
+def _newest_of_run(run: Path) -> Path:
+    if (run / "final").is_dir():
+        return run / "final"
+    newest, passed_over = checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over) or "none was written yet"
+        raise ValueError(f"{run}: this run has no checkpoint that verifies ({reasons})")
+    return newest
+
+
+def _in_directory(directory: Path, name: str, revision: str | None) -> Source:
+    if (directory / "adapter" / adapters.CONFIG_FILE).is_file():
+        return Source("adapter", directory, name, directory / "adapter", revision)
+    if (directory / adapters.CONFIG_FILE).is_file():
+        return Source("adapter", directory, name, directory, revision)
+    if (directory / "config.json").is_file():
+        return Source("full", directory, name, None, revision)
+    raise ValueError(
+        f"{directory}: is neither a run, a checkpoint, an adapter nor a model directory "
+        f"(no config.json, no {adapters.CONFIG_FILE})"
+    )
+
+
+def _from_hub(name: str, revision: str | None) -> Source:
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{name}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}: no such directory here, and not to be had from the Hub ({reason})") from error
+    return _in_directory(directory, name, directory.name)  # the snapshot's folder is named by its commit
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_model(
+    path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer. See `resolve` for what `path` may be.
+
+    An adapter's factors stay apart from their base. Where the directory has a manifest, the files that were read are
+    verified against it.
+
+    Args:
+        dtype: of the weights; None keeps the files' own. Factors and new modules of an adapter are float32 always.
+
+    Raises:
+        ValueError: nothing loadable there, or the files do not fit together.
+    """
+    source = resolve(path, revision)
+    model = load_source(source, dtype=dtype)
+    if (source.directory / checkpoint.MANIFEST).is_file():
+        problem = checkpoint.find_problem(source.directory, only=lambda name: "training_state" not in name)
+        if problem:
+            raise ValueError(f"{source.directory}: damaged or changed since it was written: {problem}")
+    return model.eval(), load_tokenizer(source)
+
+
+def load_source(source: Source, *, dtype: torch.dtype | str | None = None) -> Any:
+    """The model of a resolved source, an adapter's factors injected and loaded."""
+    if source.adapter is None:
+        return load_full(source.directory, model_config(source), dtype=dtype)
+    settings, _, _ = adapters.read_adapter_config(source.adapter)
+    model = load_full(base_of(source).directory, model_config(source), dtype=dtype)
+    adapters.inject(model, settings)
+    adapters.select_trainable(model)
+    adapters.load_adapter_weights(model, source.adapter)
+    return model
+
+
+def load_full(directory: Path, config: LLaDAConfig, *, dtype: torch.dtype | str | None = None) -> Any:
+    """Loads full weights as the class of `config`; a plain LLaDA under a FlexMDM's config gets fresh new modules."""
+    model_class = FlexMDMForMaskedDiffusion if isinstance(config, FlexMDMConfig) else LLaDAForMaskedDiffusion
+    return load_pretrained(model_class, directory, config=config, dtype="auto" if dtype is None else dtype)
+
+
+def load_pretrained(model_class: type, directory: Path, **arguments: Any) -> Any:
+    """`from_pretrained`, an unreadable file being a ValueError, and the weights in aligned memory of their own.
+
+    safetensors maps tensors as they lie in the file, at any multiple of 4 bytes, and matrix products on a CPU depend on
+    the alignment in their last bits: without this the same weights from two files would not train alike.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        model = model_class.from_pretrained(directory, **arguments)  # type: ignore[attr-defined]
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: the weights are not readable ({error}); incomplete download?") from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def base_of(source: Source) -> Source:
+    """The full weights under an adapter.
+
+    Raises:
+        ValueError: the adapter names no base, or the base is not there.
+    """
+    assert source.adapter is not None
+    _, name, revision = adapters.read_adapter_config(source.adapter)
+    file = source.adapter / adapters.CONFIG_FILE
+    if not name:
+        raise ValueError(f"{file}: names no base model (base_model_name_or_path)")
+    try:
+        base = resolve(name, revision)
+    except ValueError as error:
+        raise ValueError(f"{file}: no base model: {error}; set base_model_name_or_path to where it is now") from error
+    if base.kind != "full":
+        raise ValueError(f"{file}: the base model {name} is an adapter itself; merge it first")
+    return base
+
+
+def model_config(source: Source) -> LLaDAConfig:
+    """The configuration of a source, of the class that its model_type says.
+
+    A bare adapter without config.json has its base's.
+
+    Raises:
+        ValueError: config.json is absent, broken, or of another model type.
+    """
+    path = next(
+        (folder / "config.json" for folder in (source.directory, source.adapter) if folder and _has_config(folder)),
+        None,
+    )
+    if path is None:
+        if source.adapter is None:
+            raise ValueError(f"{source.directory}: config.json is missing")
+        config = model_config(base_of(source))
+        settings_file = json.loads((source.adapter / adapters.CONFIG_FILE).read_text(encoding="utf-8"))
+        if settings_file.get("modules_to_save") and not isinstance(config, FlexMDMConfig):
+            raise ValueError(f"{source.adapter}: config.json is missing, and with it the schedules; copy it there")
+        return config
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a model configuration ({error})") from error
+    classes: dict[Any, type[LLaDAConfig]] = {"llada": LLaDAConfig, "flexmdm": FlexMDMConfig}
+    if model_type not in classes:
+        raise ValueError(f"{path}: model_type is {model_type!r}; only llada and flexmdm are supported")
+    return classes[model_type].from_dict(values)
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def tokenizer_directory(source: Source) -> Path | None:
+    """The directory that has the source's tokenizer (its own, or its base's), or None."""
+    if (source.directory / "tokenizer.json").is_file() or (source.directory / "tokenizer_config.json").is_file():
+        return source.directory
+    return tokenizer_directory(base_of(source)) if source.adapter is not None else None
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source. Raises ValueError where there is none."""
+    directory = tokenizer_directory(source)
+    if directory is None:
+        raise ValueError(f"{source.directory}: holds no tokenizer (tokenizer.json); copy the base model's files there")
+    # Without trust_remote_code=False a released LLaDA folder makes it ask on stdin.
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

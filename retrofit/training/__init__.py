@@ -1,0 +1,1 @@
+"""The training room: start, engine, loop, checkpoints and the run directory."""

@@ -1,0 +1,284 @@
+"""LoRA by PEFT: injecting factors, saving and loading an ordinary PEFT directory, merging.
+
+`inject_adapter_in_model` is used rather than `get_peft_model`, which would keep a frozen twin of every new module
+(1.1 GB at 8B). The directory written is nevertheless what plain PEFT expects: the new modules are listed as
+`modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from retrofit.flexmdm.modeling import NEW_MODULES
+
+HEAD = "model.transformer.ff_out"
+"""The LM head's path. Each block has a linear map of the same last name, so the head is always named in full."""
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_NAME = "default"  # PEFT's own name for the only adapter of a model
+_PREFIX = "base_model.model."  # what PEFT puts before the names of the base model's modules
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Shape of the factors. The update of a target's weight is `lora_alpha / r * B @ A`.
+
+    Attributes:
+        target_modules: names as the user gave them. A name without dots stands for the linear map of that name in every
+            block; a full path for one module.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: tuple[str, ...]
+
+    def difference(self, other: AdapterSettings) -> str | None:
+        """What keeps factors of this shape from being continued as the other, or None. Dropout is free to differ."""
+        for name in ("r", "lora_alpha"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name} is {getattr(self, name):g} and {getattr(other, name):g}"
+        if set(self.target_modules) != set(other.target_modules):
+            return f"target_modules are {sorted(self.target_modules)} and {sorted(other.target_modules)}"
+        return None
+
+
+def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Full paths of the modules that the names stand for.
+
+    Raises:
+        ValueError: a name matches no linear map (the nearest one is named), or the head is asked for and is tied.
+    """
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith("model.") and isinstance(module, nn.Linear) and name.split(".")[0] not in NEW_MODULES
+    ]
+    block_names = sorted({name.rpartition(".")[2] for name in linears if ".blocks." in name})
+    found: list[str] = []
+    for target in targets:
+        matches = [
+            name for name in linears if name == target or (".blocks." in name and name.rpartition(".")[2] == target)
+        ]
+        if not matches and target == HEAD:
+            raise ValueError(
+                f"lora.target_modules: {HEAD} is tied to the embedding in this model and takes no LoRA; "
+                "remove it, or untie the model first"
+            )
+        if not matches:
+            nearest = _nearest(target, [*block_names, HEAD])
+            raise ValueError(f"lora.target_modules: {target} matches no module of the model; nearest: {nearest}")
+        found += [name for name in matches if name not in found]
+    return found
+
+
+_KNOWN_ELSEWHERE = {
+    "o_proj": "attn_out", "out_proj": "attn_out", "gate_proj": "ff_proj", "down_proj": "ff_out", "lm_head": HEAD,
+}  # fmt: skip
+
+
+def _nearest(target: str, candidates: list[str]) -> str:
+    """LLaDA's name for what other models call `target`, else the most alike."""
+    last = target.rpartition(".")[2]
+    if last in _KNOWN_ELSEWHERE:
+        return _KNOWN_ELSEWHERE[last]
+    return max(candidates, key=lambda name: difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio())
+
+
+def inject(model: nn.Module, settings: AdapterSettings) -> None:
+    """Puts fresh factors on the targets (A by PEFT's Kaiming draw from the global generator, B zero), in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    expected = find_targets(model, settings.target_modules)
+    inject_adapter_in_model(LoraConfig(**_peft_fields(settings, expected)), model, adapter_name=_NAME)
+    got = [name for name, _ in lora_layers(model)]
+    if sorted(got) != sorted(expected):
+        raise RuntimeError(f"PEFT adapted {len(got)} modules where {len(expected)} were meant")
+
+
+def _peft_fields(settings: AdapterSettings, expected: list[str]) -> dict[str, Any]:
+    """LoraConfig's fields. By PEFT's rule of suffixes a bare `ff_out` would hit the head too: it is excluded then."""
+    return {
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": list(settings.target_modules),
+        "exclude_modules": [HEAD] if HEAD not in expected else None,
+        "bias": "none",
+    }
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every adapted module."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return any(True for _ in lora_layers(model))
+
+
+def select_trainable(model: nn.Module) -> None:
+    """Freezes all but factors and new modules of an adapted model (of any other, nothing); trainables become float32.
+
+    bfloat16 weights under AdamW lose nearly every update of a usual learning rate: trainables are never kept in it.
+    """
+    adapted = is_adapted(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not adapted or is_factor(name) or name.split(".")[0] in NEW_MODULES)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def set_dropout(layer: Any, probability: float) -> None:
+    """Gives an adapted layer another dropout, which is no part of an adapter's shape."""
+    layer.lora_dropout[_NAME] = nn.Dropout(probability) if probability else nn.Identity()
+
+
+def is_factor(name: str) -> bool:
+    """Whether the parameter is a LoRA factor."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+# ------------------------------------------------------------------------------------------------------------ directory
+
+
+def _file_key(name: str) -> str:
+    """The key in an adapter file of the model's parameter `name`."""
+    return _PREFIX + name.replace(f".{_NAME}.", ".") if is_factor(name) else _PREFIX + name
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that an adapter directory holds: factors and new modules."""
+    return [name for name, _ in model.named_parameters() if is_factor(name) or name.split(".")[0] in NEW_MODULES]
+
+
+def save_adapter(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    *,
+    base_model: str,
+    base_revision: str | None,
+) -> None:
+    """Writes an ordinary PEFT directory.
+
+    Args:
+        weights: the model's parameter name -> tensor, of all factors and new modules (see `adapter_names`).
+        base_model: local path or Hub id from which plain PEFT users load the base.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    modules_to_save = [module for module in NEW_MODULES if any(name.split(".")[0] == module for name in weights)]
+    has_head = HEAD in settings.target_modules
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "revision": base_revision,
+        "inference_mode": True,
+        "modules_to_save": modules_to_save or None,
+        **_peft_fields(settings, [HEAD] if has_head else []),
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {_file_key(name): tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, str | None]:
+    """(shape, base model, base revision) of a PEFT directory.
+
+    Raises:
+        ValueError: not a LoRA configuration, or one with features that are not supported (named).
+    """
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = AdapterSettings(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout") or 0.0,
+            target_modules=tuple(config["target_modules"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a LoRA configuration of PEFT ({error})") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias")
+    for name in unsupported:
+        if config.get(name):
+            raise ValueError(f"{path}: {name} is set, which is not supported; merge the adapter with PEFT first")
+    return settings, config.get("base_model_name_or_path"), config.get("revision")
+
+
+def load_adapter_weights(model: nn.Module, directory: Path) -> None:
+    """Copies an adapter's tensors into a model that has its factors injected; the parameters keep their dtype.
+
+    Raises:
+        ValueError: the file is not readable, or a key is unmatched, missing or misshapen (count and first names).
+    """
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory}: {WEIGHTS_FILE} is missing (incomplete download?)")
+    parameters = dict(model.named_parameters())
+    ours = {_file_key(name): name for name in adapter_names(model)}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            problems = {
+                "unmatched": sorted(keys - set(ours)),
+                "missing": sorted(set(ours) - keys),
+                "misshapen": [
+                    key
+                    for key in sorted(keys & set(ours))
+                    if tuple(file.get_slice(key).get_shape()) != tuple(parameters[ours[key]].shape)
+                ],
+            }
+            if any(problems.values()):
+                raise ValueError(f"{path}: the adapter does not fit its base: {_describe(problems)}")
+            with torch.no_grad():
+                for key, name in ours.items():
+                    parameters[name].copy_(file.get_tensor(key))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); incomplete copy?") from error
+
+
+def _describe(problems: Mapping[str, list[str]]) -> str:
+    parts = []
+    for kind, keys in problems.items():
+        if keys:
+            parts.append(f"{len(keys)} {kind} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+    return ", ".join(parts)
+
+
+def merge_into_base(model: nn.Module) -> None:
+    """Adds every factor product to its base weight and removes the factors, in place: W + lora_alpha / r * B @ A.
+
+    The sum is taken in float32 and rounded once to the weight's dtype.
+    """
+    for name, layer in list(lora_layers(model)):
+        base = layer.get_base_layer()
+        a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+        with torch.no_grad():
+            merged = base.weight.float() + layer.scaling[_NAME] * (b.float() @ a.float())
+            base.weight.copy_(merged)
+        base.weight.requires_grad_(True)
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = base  # a ModuleDict's children are no attributes
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]

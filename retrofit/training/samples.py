@@ -1,0 +1,64 @@
+"""Samples written while training, with the settings they were drawn with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
+from retrofit.sections import Recipe
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[list[int]]:
+    """Token ids of the recipe's prompts.
+
+    Raises:
+        ValueError: a prompt leaves no room in the window.
+    """
+    window = recipe.objective.window
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in recipe.sampling.prompts]
+    for text, token_ids in zip(recipe.sampling.prompts, prompts, strict=True):
+        if len(token_ids) >= window:
+            raise ValueError(
+                f"sampling.prompts: {text[:40]!r} has {len(token_ids)} tokens, the window {window}; shorten it"
+            )
+    return prompts
+
+
+def draw_samples(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[dict[str, Any]]:
+    """One record a prompt: settings, prompt, text, token ids.
+
+    The noise is keyed by the recipe's seed, the same at every step, so that samples of different steps can be compared.
+    """
+    section, window = recipe.sampling, recipe.objective.window
+    prompts, seed = encode_prompts(tokenizer, recipe), recipe.training.seed
+    settings: dict[str, Any] = {"steps": section.steps, "temperature": section.temperature, "seed": seed}
+    if recipe.objective.name == "flexmdm":
+        settings["order"] = section.order
+        samples = sample_flexmdm(
+            model,
+            [Prompt(token_ids) for token_ids in prompts],
+            banned_token_ids=special_ids(tokenizer, model.config.vocab_size),
+            max_length=window,
+            **settings,
+        )
+    else:
+        settings["answer_length"] = window - max(map(len, prompts))
+        samples = sample_mdm(model, prompts, **settings)
+    return [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(sample.token_ids),
+            "token_ids": sample.token_ids,
+            "truncated": sample.truncated,
+            "sampling": settings,
+        }
+        for prompt, sample in zip(section.prompts, samples, strict=True)
+    ]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """Ids that are no text: special tokens, and rows of the embedding that the tokenizer has no token for."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special | set(range(len(tokenizer), vocab_size)))

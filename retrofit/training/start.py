@@ -1,0 +1,326 @@
+"""The model that training starts from, or goes on with, and how its weights are written.
+
+A new stage takes weights only: step 0, a new optimizer, the parent's digest on record. LoRA factors of the parent are
+continued unless `model.merge_first` says to merge them; then the merged base is written into the run, so that the new
+adapter has a base to name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from retrofit.data.store import TokenStore
+from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig
+from retrofit.flexmdm.schedules import schedule_from_dict
+from retrofit.hub import loading
+from retrofit.hub.loading import Source
+from retrofit.sections import Recipe
+
+from . import adapters, checkpoint
+from .adapters import AdapterSettings
+
+BASE = "base"
+"""Directory in the run of a base that was merged for it."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SCHEDULES = ("insertion_schedule", "unmasking_schedule")
+_MODEL_FIELDS = (
+    *_SCHEDULES, "alpha_end", "time_input", "time_group_size", "time_embedding_size", "time_hidden_size",
+)  # fmt: skip
+
+
+@dataclass
+class Start:
+    """A model ready to be trained.
+
+    Attributes:
+        model: frozen weights in `dtype`, trainable ones in float32.
+        dtype: of frozen weights, and of full weights where they are written.
+        adapter: the factors' shape, or None if all weights are trained.
+        base: what an adapter names as its base: (path or Hub id, revision).
+        merged_base: whether `base` is still to be written by `write_merged_base`.
+        tokenizer: directory with the tokenizer's files, or None.
+        source: what the weights were loaded from.
+        parent: name, kind and digest of what the run started from (see `name_parent`).
+    """
+
+    model: Any
+    dtype: torch.dtype
+    adapter: AdapterSettings | None
+    base: tuple[str, str | None]
+    tokenizer: Path | None
+    source: Source
+    parent: dict[str, str] = field(default_factory=dict)
+    merged_base: dict[str, Tensor] | None = None
+
+    def name_parent(self) -> dict[str, str]:
+        """What a new run records of its parent. Hashes the weights where nothing else stands for them."""
+        return {"name": self.source.name, "kind": self.source.kind, "digest": self.source.digest()}
+
+    def write_weights(self, directory: Path, values: Mapping[str, Tensor]) -> None:
+        """Writes what loads by itself: config.json, the tokenizer, and full weights or an adapter.
+
+        Args:
+            values: trainable parameter's name -> tensor, of all of them.
+        """
+        _write_config(self.model.config, type(self.model), self.dtype, directory)
+        if self.adapter is None:
+            _save_full(directory, {name: tensor.to(self.dtype) for name, tensor in values.items()})
+        else:
+            base_model, base_revision = self.base
+            adapters.save_adapter(
+                directory / "adapter", values, self.adapter, base_model=base_model, base_revision=base_revision
+            )
+            checkpoint.copy_files(directory, ["config.json"], directory / "adapter")
+        if self.tokenizer is not None:
+            checkpoint.copy_files(self.tokenizer, loading.TOKENIZER_FILES, directory)
+
+    def write_merged_base(self) -> None:
+        """Writes the base that was merged for this run, and lets go of it."""
+        if self.merged_base is not None:
+            tensors = self.merged_base
+
+            def write(directory: Path) -> None:
+                _write_config(self.model.config, type(self.model), self.dtype, directory)
+                _save_full(directory, tensors)
+                if self.tokenizer is not None:
+                    checkpoint.copy_files(self.tokenizer, loading.TOKENIZER_FILES, directory)
+
+            checkpoint.write_directory(Path(self.base[0]), write)
+            self.merged_base = None
+
+    def describe(self) -> str:
+        """One line: class, trainable and total parameters."""
+        parameters = list(self.model.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() for p in parameters)
+        share = f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})"
+        return f"{type(self.model).__name__} from {self.source.name}: {share}"
+
+
+def _write_config(config: LLaDAConfig, model_class: type, dtype: torch.dtype, directory: Path) -> None:
+    config.architectures = [model_class.__name__]
+    config.dtype = dtype
+    config.save_pretrained(directory)
+
+
+def _save_full(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(cpu, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------------ new stage
+
+
+def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
+    """Builds the model of step 0. Everything drawn is drawn from torch's generator, seeded here by the recipe's seed.
+
+    Raises:
+        ValueError: init_from cannot be loaded or contradicts the recipe or the data (which field, and how to mend it).
+    """
+    source = loading.resolve(recipe.model.init_from, recipe.model.revision)
+    config = loading.model_config(source)
+    _check_objective(recipe, config)
+    _check_adapter(recipe, source)
+    store.check_fits(config, window=recipe.objective.window)
+    dtype = _DTYPES[recipe.model.dtype]
+    loaded = dtype if recipe.lora is not None else torch.float32
+    torch.manual_seed(recipe.training.seed)
+    if recipe.objective.name == "flexmdm" and not isinstance(config, FlexMDMConfig):
+        model = _retrofit(recipe, store, source, loaded)
+    else:
+        _check_agreement(recipe, config)
+        model = loading.load_source(source, dtype=loaded)
+    start = Start(model, dtype, None, (source.name, source.revision), loading.tokenizer_directory(source), source)
+    if source.kind == "adapter":
+        start = _continue_adapter(start, recipe, source)
+    if recipe.lora is not None and not adapters.is_adapted(model):
+        settings = _settings(recipe)
+        torch.manual_seed(recipe.training.seed)
+        adapters.inject(model, settings)
+        start.adapter = settings
+    adapters.select_trainable(model)
+    _set_gradient_checkpointing(model, recipe)
+    return start
+
+
+def _continue_adapter(start: Start, recipe: Recipe, source: Source) -> Start:
+    """The parent's factors, continued with the recipe's dropout or merged into the weights."""
+    if not recipe.model.merge_first:
+        settings = _settings(recipe)
+        for _, layer in adapters.lora_layers(start.model):
+            adapters.set_dropout(layer, settings.lora_dropout)
+        base = loading.base_of(source)
+        return replace(start, adapter=settings, base=(base.name, base.revision))
+    adapters.merge_into_base(start.model)
+    if recipe.lora is None:
+        return start
+    base_path = str((Path(recipe.training.output_dir) / BASE).resolve())
+    # Not copied: these tensors stay as they are until training begins, and the base is written before.
+    merged = {name: parameter.detach() for name, parameter in start.model.named_parameters()}
+    return replace(start, base=(base_path, None), merged_base=merged)
+
+
+def _retrofit(recipe: Recipe, store: TokenStore, source: Source, dtype: torch.dtype) -> nn.Module:
+    """A FlexMDM made of a plain LLaDA; its new modules are fresh and start at the data's best function of t."""
+    if source.kind == "adapter":
+        raise ValueError(
+            f"model.init_from: {source.directory} is an adapter of a plain LLaDA; merge it before it becomes a FlexMDM"
+        )
+    fields = {name: getattr(recipe.model, name) for name in _MODEL_FIELDS if getattr(recipe.model, name) is not None}
+    fields["mean_deletable_tokens"] = store.manifest.mean_deletable_tokens
+    # A local path means nothing to whoever gets the checkpoint: only its last part is recorded.
+    fields["base_model"] = source.name if source.revision else Path(source.name).name
+    fields["base_revision"] = source.revision
+    model: nn.Module = loading.load_pretrained(
+        FlexMDMForMaskedDiffusion, source.directory, flexmdm_config=fields, dtype=dtype
+    )
+    return model
+
+
+def _settings(recipe: Recipe) -> AdapterSettings:
+    assert recipe.lora is not None
+    lora = recipe.lora
+    return AdapterSettings(lora.r, lora.lora_alpha, lora.lora_dropout, tuple(lora.target_modules))
+
+
+def _set_gradient_checkpointing(model: Any, recipe: Recipe) -> None:
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+
+def _check_objective(recipe: Recipe, config: LLaDAConfig) -> None:
+    if recipe.objective.name == "mdm" and isinstance(config, FlexMDMConfig):
+        raise ValueError(
+            f"objective.name: mdm cannot train {recipe.model.init_from}, which is a FlexMDM; "
+            "use flexmdm, or start from a plain LLaDA"
+        )
+    if recipe.model.dtype == "bfloat16" and recipe.lora is not None and not recipe.training.bf16:
+        raise ValueError("model.dtype: bfloat16 weights need training.bf16: true (the factors beside them are float32)")
+
+
+def _check_adapter(recipe: Recipe, source: Source) -> None:
+    if source.adapter is None:
+        if recipe.model.merge_first:
+            raise ValueError(f"model.merge_first: {recipe.model.init_from} is no adapter; remove the field")
+        return
+    if recipe.model.merge_first:
+        return
+    if recipe.lora is None:
+        raise ValueError(
+            f"model.init_from: {recipe.model.init_from} is an adapter and the recipe has no section lora; "
+            "set model.merge_first: true to train all weights, or give the adapter's section lora"
+        )
+    parents, _, _ = adapters.read_adapter_config(source.adapter)
+    difference = _settings(recipe).difference(parents)
+    if difference:
+        raise ValueError(
+            f"lora: {difference} in the recipe and in {recipe.model.init_from}; make them equal to continue the same "
+            "factors, or set model.merge_first: true to start new ones"
+        )
+
+
+def _check_agreement(recipe: Recipe, config: LLaDAConfig) -> None:
+    """The recipe may repeat what a FlexMDM was trained with, not contradict it."""
+    for name in _MODEL_FIELDS:
+        asked = getattr(recipe.model, name)
+        trained = getattr(config, name, None)
+        if asked is None or not isinstance(config, FlexMDMConfig):
+            continue
+        same = schedule_from_dict(asked) == schedule_from_dict(trained) if name in _SCHEDULES else asked == trained  # type: ignore[arg-type]
+        if not same:
+            raise ValueError(
+                f"model.{name}: {asked} in the recipe, but {recipe.model.init_from} was trained with {trained}; "
+                "leave it out to inherit, or start from the plain LLaDA"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def from_checkpoint(recipe: Recipe, directory: Path, record: Mapping[str, Any], store: TokenStore) -> Start:
+    """Builds the model of a checkpoint of this run; its trainable weights come from the training state afterwards."""
+    source = loading.resolve(directory)
+    config = loading.model_config(source)
+    store.check_fits(config, window=recipe.objective.window)
+    dtype = _DTYPES[recipe.model.dtype]
+    model = loading.load_source(source, dtype=dtype if recipe.lora is not None else torch.float32)
+    adapter, base = None, (source.name, source.revision)
+    if source.kind == "adapter":
+        adapter = _settings(recipe)
+        full = loading.base_of(source)
+        base = (full.name, full.revision)
+    adapters.select_trainable(model)
+    _set_gradient_checkpointing(model, recipe)
+    return Start(model, dtype, adapter, base, loading.tokenizer_directory(source), source, dict(record["parent"]))
+
+
+FREE_FIELDS = frozenset(
+    {
+        "data.path",  # the data's digest is compared instead
+        "data.num_workers",
+        "training.output_dir",
+        "training.max_tokens_per_device",
+        "training.per_device_train_batch_size",
+        "training.gradient_accumulation_steps",
+        "training.gradient_checkpointing",
+        "training.save_steps",
+        "training.save_total_limit",
+        "training.eval_steps",
+        "training.eval_documents",
+        "training.logging_steps",
+        "training.sample_steps",
+        "training.report_to",
+        "sampling.prompts",
+        "sampling.steps",
+        "sampling.order",
+        "sampling.temperature",
+    }
+)
+"""Recipe fields that a resumed run may change: none of them changes what is computed, beyond rounding."""
+
+
+def check_same_run(recipe: Mapping[str, Any], recorded: Mapping[str, Any], directory: Path) -> None:
+    """Refuses to go on with another recipe than the run's, in fields that change the mathematics.
+
+    Args:
+        recipe, recorded: both as `dataclasses.asdict` gives them.
+
+    Raises:
+        ValueError: names every differing field with both values.
+    """
+    ours, theirs = _flatten(recipe), _flatten(recorded)
+    names = sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
+    differing = [name for name in names if ours.get(name) != theirs.get(name)]
+    if differing:
+        listed = ", ".join(f"{name} is {ours.get(name)} and was {theirs.get(name)}" for name in differing)
+        raise ValueError(
+            f"training.output_dir: {directory} holds a run of another recipe ({listed}); "
+            "put these fields back to resume it, or choose another directory"
+        )
+
+
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, fields in recipe.items()
+        if fields is not None
+        for name, value in fields.items()
+    }
+
+
+def check_same_data(store: TokenStore, record: Mapping[str, Any], directory: Path) -> None:
+    """Refuses data other than those the run was trained on so far (ValueError)."""
+    ours, theirs = store.manifest.digest, record["data_digest"]
+    if ours != theirs:
+        raise ValueError(
+            f"data.path: {store.path} has digest {ours[:12]}, but {directory} was trained on data of digest "
+            f"{theirs[:12]}; restore those data to resume, or choose another training.output_dir"
+        )

@@ -1,0 +1,182 @@
+"""Stages: what a run may start from, and what it takes over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retrofit.data.store import TokenStore
+from retrofit.hub.loading import load_model
+from retrofit.recipe import Recipe
+from retrofit.training import adapters, checkpoint, start
+from retrofit.training.loop import train
+
+MakeRecipe = Callable[..., Recipe]
+
+LORA = ("--lora.r=4", "--lora.lora_alpha=8", "--lora.target_modules=[q_proj, model.transformer.ff_out]")
+QUICK = ("--training.max_steps=2", "--model.time_hidden_size=null")
+FROM_LLADA = ("--training.max_steps=2", "--model.time_hidden_size=32")
+
+
+@pytest.fixture(scope="module")
+def runs(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`full` and `lora`, both two steps from the plain LLaDA."""
+    root = tmp_path_factory.mktemp("parents")
+    train(make_recipe(root / "full", *FROM_LLADA))
+    train(make_recipe(root / "lora", *FROM_LLADA, *LORA))
+    return root
+
+
+def begin(recipe: Recipe) -> start.Start:
+    return start.from_recipe(recipe, TokenStore.open(recipe.data.path, "train"))
+
+
+def parent_of(run: Path) -> dict[str, str]:
+    newest, _ = checkpoint.latest(run / "checkpoints")
+    assert newest is not None
+    return dict(checkpoint.read_record(newest)["parent"])
+
+
+def test_new_modules_depend_on_the_seed_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    def new_modules(*options: str) -> torch.Tensor:
+        torch.rand(3)  # whatever was drawn before does not matter
+        model = begin(make_recipe(tmp_path / "run", *FROM_LLADA, *options)).model
+        return model.time_conditioning.hidden.weight.detach()
+
+    assert torch.equal(new_modules(), new_modules())
+    assert torch.equal(new_modules(), new_modules(*LORA))
+    assert not torch.equal(new_modules(), new_modules("--training.seed=1"))
+
+
+def test_the_head_starts_from_the_mean_of_the_data_and_the_config_names_its_base(
+    make_recipe: MakeRecipe, toy: Path, tmp_path: Path
+) -> None:
+    config = begin(make_recipe(tmp_path / "run", *FROM_LLADA, "--model.alpha_end=0.99")).model.config
+    assert config.mean_deletable_tokens == TokenStore.open(toy / "store").manifest.mean_deletable_tokens
+    assert (config.base_model, config.alpha_end, config.time_hidden_size) == ("model", 0.99, 32)
+
+
+@pytest.mark.parametrize("place", ["", "final", "checkpoints/step-00000002"])
+def test_a_stage_takes_weights_and_the_parents_digest_but_neither_step_nor_optimizer(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path, place: str
+) -> None:
+    parent = runs / "full" / place
+    train(make_recipe(tmp_path / "next", *QUICK, f"--model.init_from={parent}", "--optimizer.learning_rate=1e-30"))
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (tmp_path / "next", runs / "full"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    recorded = parent_of(tmp_path / "next")
+    source = parent if place.startswith("checkpoints") else runs / "full" / "final"
+    assert recorded["digest"] == checkpoint.read_manifest(source)["digest"]
+    record = checkpoint.read_record(tmp_path / "next" / "checkpoints" / "step-00000002")
+    assert record["step"] == record["adam_step"] == 2
+
+
+def test_the_digest_of_a_released_directory_is_that_of_its_weights(
+    make_recipe: MakeRecipe, runs: Path, toy: Path
+) -> None:
+    digest = parent_of(runs / "full")["digest"]
+    assert digest == parent_of(runs / "lora")["digest"]
+    assert digest == "sha256:" + checkpoint.digest_of(
+        {"model.safetensors": checkpoint.sha256(toy / "model" / "model.safetensors")}
+    )
+
+
+def test_lora_continues_the_same_factors_on_the_same_base(
+    make_recipe: MakeRecipe, runs: Path, toy: Path, tmp_path: Path
+) -> None:
+    parent = runs / "lora" / "final" / "adapter"
+    options = (*QUICK, *LORA, f"--model.init_from={parent}", "--lora.lora_dropout=0.5")
+    model = begin(make_recipe(tmp_path / "next", *options)).model
+    assert {layer.lora_dropout["default"].p for _, layer in adapters.lora_layers(model)} == {0.5}
+    train(make_recipe(tmp_path / "next", *options, "--optimizer.learning_rate=1e-30"))
+    adapter = tmp_path / "next" / "final" / "adapter"
+    ours, theirs = (load_file(folder / adapters.WEIGHTS_FILE) for folder in (adapter, parent))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert json.loads((adapter / adapters.CONFIG_FILE).read_text())["base_model_name_or_path"] == str(toy / "model")
+
+
+def test_merge_first_writes_the_base_that_new_factors_stand_on(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path
+) -> None:
+    other = ("--lora.r=2", "--lora.lora_alpha=2", "--lora.target_modules=[v_proj]")
+    options = (*QUICK, *other, f"--model.init_from={runs / 'lora'}", "--model.merge_first=true")
+    recipe = make_recipe(tmp_path / "next", *options)
+    train(recipe)
+    parent, _ = load_model(runs / "lora")
+    base, _ = load_model(tmp_path / "next" / "base")
+    ids, t = torch.tensor([[97, 258, 99]]), torch.tensor([0.4])
+    assert torch.allclose(base(ids, timesteps=t).logits, parent(ids, timesteps=t).logits, atol=1e-5)
+    model, _ = load_model(tmp_path / "next")
+    assert [name.rpartition(".")[2] for name, _ in adapters.lora_layers(model)] == ["v_proj", "v_proj"]
+
+
+def test_merge_first_without_lora_trains_all_weights(make_recipe: MakeRecipe, runs: Path, tmp_path: Path) -> None:
+    options = (*QUICK, f"--model.init_from={runs / 'lora'}", "--model.merge_first=true")
+    train(make_recipe(tmp_path / "next", *options))
+    model, _ = load_model(tmp_path / "next")
+    assert not adapters.is_adapted(model) and (tmp_path / "next" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.init_from=FULL", "--objective.name=mdm"), "objective.name: mdm cannot train .* is a FlexMDM"),
+        (
+            ("--model.init_from=FULL", "--model.insertion_schedule={type: power, exponent: 1.7}"),
+            "model.insertion_schedule: .*exponent.* was trained with .*linear",
+        ),
+        (
+            ("--model.init_from=FULL", "--model.time_input=t"),
+            "model.time_input: t in the recipe, .* trained with alpha",
+        ),
+        (("--model.init_from=LORA",), "is an adapter and the recipe has no section lora; set model.merge_first: true"),
+        (("--model.init_from=LORA", *LORA, "--lora.r=8"), "lora: r is 8 and 4 in the recipe and in"),
+        (("--model.init_from=FULL", "--model.merge_first=true"), "model.merge_first: .* is no adapter"),
+        ((*LORA, "--model.dtype=bfloat16"), "model.dtype: bfloat16 weights need training.bf16: true"),
+        (
+            ("--lora.r=4", "--lora.lora_alpha=8", "--lora.target_modules=[q_proj, o_proj]"),
+            "o_proj .* nearest: attn_out",
+        ),
+        (("--model.init_from=nowhere/at/all",), "nowhere/at/all: no such directory"),
+    ],
+)
+def test_contradictions_are_refused_and_nothing_is_written(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    places = {"FULL": str(runs / "full"), "LORA": str(runs / "lora")}
+    filled = {option.partition("=")[0]: option for option in (*QUICK, *options)}  # the later one counts
+    overrides = [option.replace("FULL", places["FULL"]).replace("LORA", places["LORA"]) for option in filled.values()]
+    with pytest.raises(ValueError, match=message) as refusal:
+        train(make_recipe(tmp_path / "next", *overrides))
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in (tmp_path / "next").iterdir()] == ["lock.json"]
+
+
+def test_the_same_schedule_may_be_repeated(make_recipe: MakeRecipe, runs: Path, tmp_path: Path) -> None:
+    options = (
+        f"--model.init_from={runs / 'full'}",
+        "--model.insertion_schedule={type: linear}",
+        "--model.alpha_end=0.999",
+    )
+    assert begin(make_recipe(tmp_path / "next", *QUICK, *options)).model.config.alpha_end == 0.999
+
+
+def test_a_stage_on_a_merged_base_resumes_bit_for_bit(make_recipe: MakeRecipe, runs: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path / "next", *QUICK, *LORA, f"--model.init_from={runs / 'lora'}", "--model.merge_first=true",
+        "--training.save_steps=1",
+    )  # fmt: skip
+    train(recipe)
+    last = tmp_path / "next" / "checkpoints" / checkpoint.step_name(2)
+    before = load_file(last / checkpoint.STATE_TENSORS)
+    shutil.rmtree(last)
+    shutil.rmtree(tmp_path / "next" / "final")
+    train(recipe)
+    after = load_file(last / checkpoint.STATE_TENSORS)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
