@@ -347,7 +347,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task", choices=("loss", "maze"), required=True, help="what is scored")
     parser.add_argument("--data", type=Path, required=True, help="token store (loss) or directory of problems (maze)")
-    parser.add_argument("--split", default="held_out", help="split of a token store (train, held_out) or of a maze (tune, eval)")
+    parser.add_argument("--split", default="held_out", help="of a token store: train, held_out; of a maze: tune, eval")
     parser.add_argument("--limit", type=int, help="score only this many (default: all)")
     parser.add_argument("--steps", type=int, default=128, help="sampling steps")
     parser.add_argument("--order", choices=("random", "confidence"), default="random", help="which masks come first")

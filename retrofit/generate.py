@@ -60,7 +60,7 @@ def generate(
 
     import torch
 
-    from retrofit.hub.loading import load_model
+    from retrofit.checkpoints.loading import load_model
 
     model, tokenizer = load_model(checkpoint, revision=revision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,10 +167,11 @@ def _sample(
     num: int,
 ) -> Iterator[Any]:
     """`num` samples of each prompt, prompt by prompt, sample i of all with the noise of index i."""
+    from retrofit.checkpoints.loading import unwritable_token_ids
     from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
 
     repeated = [prompt for prompt in prompts for _ in range(num)]
-    banned = unwritable_token_ids(tokenizer, model.config)
+    banned = unwritable_token_ids(tokenizer, model.config.vocab_size)
     for start in range(0, len(repeated), BATCH_SIZE):
         batch = repeated[start : start + BATCH_SIZE]
         indices = range(start, start + len(batch))
@@ -180,13 +181,6 @@ def _sample(
             )
         else:
             yield from sample_mdm(model, [token_ids for token_ids, _ in batch], indices=indices, **settings)
-
-
-def unwritable_token_ids(tokenizer: Any, config: Any) -> list[int]:
-    """Ids that no answer may hold: special tokens (mask, pad, headers, ends), and embedding rows without a token."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {*tokenizer.all_special_ids, config.mask_token_id, config.pad_token_id}
-    return sorted({*special, *range(len(tokenizer), config.vocab_size)})
 
 
 def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:

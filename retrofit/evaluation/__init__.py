@@ -44,7 +44,7 @@ def evaluate(
     """Score a checkpoint, print a table, and write it with its settings to `output`.
 
     Args:
-        checkpoint: what `retrofit.hub.loading.load_model` takes: run, checkpoint, adapter, model directory, Hub id.
+        checkpoint: what `checkpoints.loading.load_model` takes: run, checkpoint, adapter, model directory, Hub id.
         task: "loss" (held-out loss by term) or "maze" (exact scoring of the planning task).
         data: a token store (loss) or the directory that `python -m retrofit.data.maze` wrote (maze).
         split: of the store; for the maze "tune", or else "eval" ("held_out" means it too).
@@ -65,8 +65,8 @@ def evaluate(
 
     import torch
 
+    from retrofit.checkpoints.loading import load_model, resolve
     from retrofit.environment import packages
-    from retrofit.hub.loading import load_model, resolve
 
     model, tokenizer = load_model(checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

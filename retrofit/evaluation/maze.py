@@ -97,11 +97,8 @@ def flexmdm_prompt(tokenizer: Any, waypoints: str) -> Prompt:
 def _flexmdm_writer(
     model: Any, tokenizer: Any, problems: Sequence[str], window: int, sampler: dict[str, Any], indices: Any, trace: Any
 ) -> list[Sample]:
-    from retrofit.training.samples import special_ids
-
     prompts = [flexmdm_prompt(tokenizer, waypoints) for waypoints in problems]
-    banned = special_ids(tokenizer, model.config.vocab_size)
-    return sample_flexmdm(model, prompts, **sampler, banned_token_ids=banned, indices=indices, trace=trace)
+    return sample_flexmdm(model, prompts, **sampler, indices=indices, trace=trace)
 
 
 def _mdm_writer(

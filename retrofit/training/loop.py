@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from retrofit.checkpoints import checkpoint
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
 from retrofit.recipe import Recipe
 
-from . import checkpoint
 from .ema import Average
 from .engine import Engine
 from .guard import NotFinite, Preempted, SignalGuard, announce, describe_divergence, ignore_signals

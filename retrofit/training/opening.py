@@ -12,12 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from retrofit.checkpoints import checkpoint, loading
 from retrofit.data.store import TokenStore
 from retrofit.environment import environment
-from retrofit.hub import loading
 from retrofit.recipe import Recipe, dump_recipe, load_recipe
 
-from . import checkpoint, start
+from . import start
 from .engine import Engine
 from .guard import announce
 from .log import check_trackers

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from retrofit.checkpoints.adapters import is_factor
 from retrofit.flexmdm.modeling import NEW_MODULES
 from retrofit.sections import OptimizerSection
-
-from .adapters import is_factor
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")

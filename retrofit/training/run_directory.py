@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from retrofit.checkpoints import checkpoint
 
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"

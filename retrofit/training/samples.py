@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from retrofit.data.templates import encode
 from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
 from retrofit.sections import Recipe
 
@@ -17,7 +18,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[l
         ValueError: a prompt leaves no room in the window.
     """
     window = recipe.objective.window
-    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in recipe.sampling.prompts]
+    prompts = [encode(tokenizer, text) for text in recipe.sampling.prompts]
     for text, token_ids in zip(recipe.sampling.prompts, prompts, strict=True):
         if len(token_ids) >= window:
             raise ValueError(
@@ -39,7 +40,6 @@ def draw_samples(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
         samples = sample_flexmdm(
             model,
             [Prompt(token_ids) for token_ids in prompts],
-            banned_token_ids=special_ids(tokenizer, model.config.vocab_size),
             max_length=window,
             **settings,
         )
@@ -56,9 +56,3 @@ def draw_samples(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
         }
         for prompt, sample in zip(section.prompts, samples, strict=True)
     ]
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """Ids that are no text: special tokens, and rows of the embedding that the tokenizer has no token for."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(special | set(range(len(tokenizer), vocab_size)))

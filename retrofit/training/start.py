@@ -16,15 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from retrofit.checkpoints import adapters, checkpoint, loading
+from retrofit.checkpoints.adapters import AdapterSettings
+from retrofit.checkpoints.loading import Source
 from retrofit.data.store import TokenStore
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig
 from retrofit.flexmdm.schedules import schedule_from_dict
-from retrofit.hub import loading
-from retrofit.hub.loading import Source
 from retrofit.sections import Recipe
-
-from . import adapters, checkpoint
-from .adapters import AdapterSettings
 
 BASE = "base"
 """Directory in the run of a base that was merged for it."""
@@ -179,6 +177,9 @@ def _retrofit(recipe: Recipe, store: TokenStore, source: Source, dtype: torch.dt
     # A local path means nothing to whoever gets the checkpoint: only its last part is recorded.
     fields["base_model"] = source.name if source.revision else Path(source.name).name
     fields["base_revision"] = source.revision
+    if loading.tokenizer_directory(source) is not None:
+        tokenizer = loading.load_tokenizer(source)
+        fields["banned_token_ids"] = loading.unwritable_token_ids(tokenizer, loading.model_config(source).vocab_size)
     model: nn.Module = loading.load_pretrained(
         FlexMDMForMaskedDiffusion, source.directory, flexmdm_config=fields, dtype=dtype
     )

@@ -21,8 +21,8 @@ from typing import Any
 def main() -> None:
     import torch
 
+    from retrofit.checkpoints.checkpoint import steps_present
     from retrofit.recipe import load_recipe
-    from retrofit.training.checkpoint import steps_present
     from retrofit.training.engine import Engine
     from retrofit.training.loop import Trainer, train
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from retrofit.checkpoints import checkpoint
+from retrofit.checkpoints.loading import load_model
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
-from retrofit.hub.loading import load_model
 from retrofit.recipe import Recipe
-from retrofit.training import checkpoint
 from retrofit.training.loop import train
 
 MakeRecipe = Callable[..., Recipe]

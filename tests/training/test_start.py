@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from retrofit.checkpoints import adapters, checkpoint
+from retrofit.checkpoints.loading import load_model
 from retrofit.data.store import TokenStore
-from retrofit.hub.loading import load_model
 from retrofit.recipe import Recipe
-from retrofit.training import adapters, checkpoint, start
+from retrofit.training import start
 from retrofit.training.loop import train
 
 MakeRecipe = Callable[..., Recipe]

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import retrofit
+from retrofit.checkpoints import checkpoint
 from retrofit.recipe import Recipe, dump_recipe
-from retrofit.training import checkpoint
 from retrofit.training.loop import train
 
 MakeRecipe = Callable[..., Recipe]

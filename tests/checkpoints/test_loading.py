@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from retrofit.checkpoints import adapters, checkpoint
+from retrofit.checkpoints.adapters import AdapterSettings
+from retrofit.checkpoints.loading import load_model, resolve
 from retrofit.data.tiny import init
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAForMaskedDiffusion
-from retrofit.hub.loading import load_model, resolve
-from retrofit.training import adapters, checkpoint
-from retrofit.training.adapters import AdapterSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit.training import checkpoint
+from retrofit.checkpoints import checkpoint
 
 
 def write_step(checkpoints: Path, step: int) -> Path:

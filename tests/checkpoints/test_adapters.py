@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from retrofit.checkpoints import adapters
+from retrofit.checkpoints.adapters import HEAD, AdapterSettings
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
-from retrofit.training import adapters
-from retrofit.training.adapters import HEAD, AdapterSettings
 
 TARGETS = ("q_proj", "v_proj", HEAD)
 

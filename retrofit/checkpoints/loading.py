@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
-from retrofit.training import adapters, checkpoint
+
+from . import adapters, checkpoint
 
 Model = LLaDAForMaskedDiffusion | FlexMDMForMaskedDiffusion
 Kind = Literal["full", "adapter"]
@@ -252,4 +253,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if directory is None:
         raise ValueError(f"{source.directory}: holds no tokenizer (tokenizer.json); copy the base model's files there")
     # Without trust_remote_code=False a released LLaDA folder makes it ask on stdin.
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    # An empty config keeps it from looking for `llada` among the model types that it knows.
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, config=PreTrainedConfig())
+
+
+def unwritable_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """Ids that are no text: special tokens (mask, pad, headers, ends), and embedding rows without a token."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted({*special, *tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)})

@@ -1,1 +1,0 @@
-"""Between directories and models: loading, and later export, merge, push and import."""
