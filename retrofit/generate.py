@@ -61,6 +61,7 @@ def generate(
     import torch
 
     from retrofit.checkpoints.loading import load_model
+    from retrofit.data.templates import chat_prompt
 
     model, tokenizer = load_model(checkpoint, revision=revision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,11 +80,11 @@ def generate(
             )
     record = {"checkpoint": checkpoint, "revision": revision, "model_type": model.config.model_type, **settings}
     rows = []
-    for sample in _sample(model, tokenizer, _encode(tokenizer, request), settings, num):
-        runs = _decode_runs(tokenizer, sample.token_ids, sample.kept)
-        text = "".join(run for _, run in runs)
+    for i, sample in enumerate(_sample(model, tokenizer, _encode(tokenizer, request), settings, num)):
+        text = _decode_runs(tokenizer, sample.token_ids, sample.kept)
         if output is None:
-            _print(sample, "".join(run for kept, run in runs if not kept) if chat else text)
+            answer = len(chat_prompt(tokenizer, request.prompts[i // num])) if chat else 0
+            _print(sample, _decode_runs(tokenizer, sample.token_ids[answer:], sample.kept[answer:]))
         rows.append(
             {
                 "text": text,
@@ -110,9 +111,10 @@ def _check(
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"{output}: there is no directory {output.absolute().parent}; make it first")
     hole = None if prefix is None and suffix is None else (prefix or "", suffix or "")
-    if hole and (prompts or chat):
+    if hole and prompts and not (chat and len(prompts) == 1):
         raise ValueError(
-            "--prefix and --suffix fill a hole, --prompt and --chat continue a text; give one or the other"
+            "--prefix and --suffix fill a hole and --prompt is continued; give one or the other, or with --chat one "
+            "--prompt, the question, and the --prefix and --suffix of its answer"
         )
     if chat and not prompts:
         raise ValueError("--chat needs a question: give it with --prompt")
@@ -147,13 +149,15 @@ def _mdm_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def _encode(tokenizer: Any, request: _Request) -> list[tuple[list[int], list[bool] | None]]:
     """(kept token ids, open gaps) of each prompt; no gaps given: only the last is open."""
-    from retrofit.data.templates import chat_prompt, encode, infilling_prompt
+    from retrofit.data.templates import Piece, assemble, chat_prompt, encode
 
     for text in [*request.prompts, *(request.hole or [])]:
         if _decode(tokenizer, encode(tokenizer, text)) != text:
             raise ValueError(f"the tokenizer does not give back the text {text[:40]!r} as it is, so it cannot be kept")
     if request.hole:
-        document = infilling_prompt(tokenizer, *request.hole)
+        given = chat_prompt(tokenizer, request.prompts[0]) if request.chat else []
+        prefix, suffix = (encode(tokenizer, text) for text in request.hole)
+        document = assemble([Piece(given + prefix, True), Piece([], False), Piece(suffix, True)])
         return [(document.token_ids, document.open_gaps)]
     to_ids = chat_prompt if request.chat else encode
     return [(to_ids(tokenizer, text), None) for text in request.prompts]
@@ -187,10 +191,10 @@ def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _decode_runs(tokenizer: Any, token_ids: Sequence[int], kept: Sequence[bool]) -> list[tuple[bool, str]]:
-    """(kept, text) of each run of kept or written tokens. Bytes that are not UTF-8 become U+FFFD."""
+def _decode_runs(tokenizer: Any, token_ids: Sequence[int], kept: Sequence[bool]) -> str:
+    """The text, each run of kept or written tokens decoded apart. Bytes that are not UTF-8 become U+FFFD."""
     runs = groupby(zip(kept, token_ids, strict=True), key=lambda pair: pair[0])
-    return [(flag, _decode(tokenizer, [index for _, index in run])) for flag, run in runs]
+    return "".join(_decode(tokenizer, [index for _, index in run]) for _, run in runs)
 
 
 def _print(sample: Any, text: str) -> None:

@@ -224,6 +224,8 @@ class SamplingSection:
 
     prompts: Annotated[list[Prompt], Field(min_length=1)] = field(default_factory=lambda: [""])
     """texts to continue; the empty text gives an unconditional sample"""
+    chat: bool = False
+    """the prompts are questions: wrap them in the chat template"""
     steps: PositiveInt = 64
     """sampling steps"""
     order: Literal["random", "confidence"] = "random"

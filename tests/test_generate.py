@@ -160,3 +160,15 @@ def test_text_that_the_tokenizer_changes_is_refused(flexmdm, monkeypatch):
     monkeypatch.setattr("retrofit.data.templates.encode", lambda tokenizer, text: encode(tokenizer, text.strip()))
     with pytest.raises(ValueError, match="does not give back the text"):
         generate(flexmdm, prompts=[" a"])
+
+
+def test_a_hole_in_the_answer_to_a_question_is_filled(flexmdm, rows, capsys):
+    hole = {"prompts": ["Why?"], "chat": True, "prefix": "As ", "suffix": " so.", "steps": 4}
+    (row,) = rows(flexmdm, **hole)
+    given = chat_prompt(load_tokenizer(resolve(flexmdm)), "Why?")
+    assert row["token_ids"][: len(given)] == given
+    generate(flexmdm, **hole)
+    out, _ = capsys.readouterr()
+    assert out.startswith("As ") and out.endswith(" so.\n")
+    with pytest.raises(ValueError, match="one --prompt, the question"):
+        rows(flexmdm, prompts=["a", "b"], chat=True, prefix="x", steps=4)

@@ -89,6 +89,8 @@ def init(
         os.rename(temporary, dest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(tensor.numel() for tensor in weights.values())
+    print(f"written   {dest}: a LLaDA of {size:,} parameters, randomly drawn, and a byte tokenizer")
 
 
 def byte_tokenizer() -> Any:

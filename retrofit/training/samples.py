@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from retrofit.data.templates import encode
+from retrofit.data.templates import chat_prompt, encode
 from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
 from retrofit.sections import Recipe
 
@@ -18,7 +18,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[l
         ValueError: a prompt leaves no room in the window.
     """
     window = recipe.objective.window
-    prompts = [encode(tokenizer, text) for text in recipe.sampling.prompts]
+    to_ids = chat_prompt if recipe.sampling.chat else encode
+    prompts = [to_ids(tokenizer, text) for text in recipe.sampling.prompts]
     for text, token_ids in zip(recipe.sampling.prompts, prompts, strict=True):
         if len(token_ids) >= window:
             raise ValueError(

@@ -280,6 +280,7 @@ FREE_FIELDS = frozenset(
         "training.sample_steps",
         "training.report_to",
         "sampling.prompts",
+        "sampling.chat",
         "sampling.steps",
         "sampling.order",
         "sampling.temperature",
