@@ -1,0 +1,89 @@
+"""Every command that the docs show is run here, in their order, on a small file and with few training steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retrofit.cli import main
+from retrofit.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/sampling.md"]
+MAKE = {"make demo", "make test"}  # what the continuous integration and the demo's own script run
+
+
+def commands(page: str) -> list[str]:
+    """Indented lines that begin like a command, comments taken off."""
+    lines = re.findall(r"^    ((?:retrofit|accelerate|make) .*)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the recipes, shortened, and thirty word problems."""
+    path = tmp_path_factory.mktemp("docs")
+    for folder in ("recipes", "launch"):
+        shutil.copytree(ROOT / folder, path / folder)
+    recipe = path / "recipes/toy/gsm8k.yaml"
+    text = recipe.read_text()
+    for name, value in {"max_steps": 3, "save_steps": 2, "eval_steps": 3, "eval_documents": 4, "sample_steps": 3}.items():
+        text, found = re.subn(rf"^  {name}: .*$", f"  {name}: {value}", text, flags=re.M)
+        assert found == 1, name
+    recipe.write_text(text)
+    rows = [
+        {"question": f"Ann has {i} apples and buys {j}.", "answer": f"{i} + {j} = {i + j}\n#### {i + j}"}
+        for i in range(20)
+        for j in range(10)
+    ]
+    (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    found = commands(page)
+    assert found
+    for command in found:
+        program, *arguments = shlex.split(command)
+        if program == "retrofit":
+            assert main(arguments) == 0, command
+        elif program == "accelerate":
+            launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+            launched = subprocess.run(
+                [*launcher, *arguments[1:]],
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            assert launched.returncode == 0, (command, launched.stderr[-2000:])
+        else:
+            assert command in MAKE, command
+
+
+def test_the_python_of_the_docs_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), re.S)
+    exec(compile(block, "docs/sampling.md", "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_says_how_it_is_launched(path: Path) -> None:
+    load_recipe(path)
+    header = path.read_text().split("model:")[0]
+    assert "# Hardware:" in header and f"retrofit train {path.relative_to(ROOT)}" in header
+
+
+def test_links_between_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
