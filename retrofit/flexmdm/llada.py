@@ -249,6 +249,12 @@ def check_weight_files(path: str | os.PathLike[str]) -> None:
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.isfile(os.path.join(path, "model.safetensors")):
         return
+    adapter = ("adapter_config.json", os.path.join("adapter", "adapter_config.json"))
+    if any(os.path.isfile(os.path.join(path, name)) for name in adapter):
+        raise ValueError(
+            f"{path}: holds a LoRA adapter, not a whole model; load it with retrofit.checkpoints.loading.load_model, "
+            "or its base here and the adapter with PeftModel.from_pretrained"
+        )
     if not os.path.isfile(index):
         raise ValueError(f"{path}: holds neither model.safetensors nor model.safetensors.index.json")
     try:

@@ -143,6 +143,14 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
         LLaDAForMaskedDiffusion.from_pretrained(copy)
 
 
+def test_an_adapter_is_told_from_a_whole_model(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "adapter").mkdir()
+    (copy / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a LoRA adapter"):
+        LLaDAForMaskedDiffusion.from_pretrained(copy)
+
+
 def test_no_weights_are_named(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
