@@ -172,7 +172,8 @@ def _sample(
 ) -> Iterator[Any]:
     """`num` samples of each prompt, prompt by prompt, sample i of all with the noise of index i."""
     from retrofit.checkpoints.loading import unwritable_token_ids
-    from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
+    from retrofit.flexmdm.mdm_sampling import sample_mdm
+    from retrofit.flexmdm.sampling import Prompt, sample_flexmdm
 
     repeated = [prompt for prompt in prompts for _ in range(num)]
     banned = unwritable_token_ids(tokenizer, model.config.vocab_size)

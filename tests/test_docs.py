@@ -35,7 +35,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, path / folder)
     recipe = path / "recipes/toy/gsm8k.yaml"
     text = recipe.read_text()
-    for name, value in {"max_steps": 3, "save_steps": 2, "eval_steps": 3, "eval_documents": 4, "sample_steps": 3}.items():
+    for name, value in {
+        "max_steps": 3,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "eval_documents": 4,
+        "sample_steps": 3,
+    }.items():
         text, found = re.subn(rf"^  {name}: .*$", f"  {name}: {value}", text, flags=re.M)
         assert found == 1, name
     recipe.write_text(text)

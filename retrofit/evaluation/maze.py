@@ -16,7 +16,8 @@ import torch
 
 from retrofit.data.maze import CELLS, END_SIGN, LEVELS, MASK_SIGN, PROMPT_END, WINDOW, Maze, verdict
 from retrofit.data.templates import Piece, assemble, encode
-from retrofit.flexmdm.sampling import Prompt, Sample, sample_flexmdm, sample_mdm
+from retrofit.flexmdm.mdm_sampling import sample_mdm
+from retrofit.flexmdm.sampling import Prompt, Sample, sample_flexmdm
 
 from . import Score
 

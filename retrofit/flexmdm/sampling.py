@@ -1,6 +1,6 @@
-"""The reverse process: tau-leaping of a FlexMDM, and LLaDA's own sampler for the MDM baseline.
+"""The reverse process of a FlexMDM, by tau-leaping.
 
-A sampler drives anything with the packed forward of the models: `model(packed=..., timesteps=...)` and a `config`.
+The sampler drives anything with the packed forward of the model: `model(packed=..., timesteps=...)` and a `config`.
 
 Shape legend: T packed rows (slots included), B sequences, M masked rows, V vocabulary.
 """
@@ -20,7 +20,7 @@ from .packing import PackedSequences, cumulative_lengths, pack
 from .schedules import Schedules
 
 # Keys of the draws of one sequence at one step.
-_UNMASK, _TOKEN, _ROUND_GAP, _COUNT = 21, 22, 23, 24
+UNMASK_NOISE, TOKEN_NOISE, ROUNDING_NOISE, COUNT_NOISE = 21, 22, 23, 24
 
 # Rounds of the closing step. Each inserts what the model is still more sure of than not; two nearly always suffice.
 _CLOSING_ROUNDS = 8
@@ -71,7 +71,7 @@ class _State:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout, whatever mode the model is in."""
     training = getattr(model, "training", False)
     if training:
@@ -146,7 +146,7 @@ def sample_flexmdm(
             return state
         return replace(state, packed=unmask(predict(1.0).logits, 1.0, step))
 
-    with _evaluating(model):
+    with evaluating(model):
         for step in range(steps):
             t0, t1 = step / steps, (step + 1) / steps
             out = predict(t0)
@@ -302,8 +302,8 @@ def _unmask(
 ) -> PackedSequences:
     """Replaces some masks by tokens. The number unmasked is the same in both orders; only masks are ever touched."""
     rows = (packed.tokens == mask_token_id).nonzero().squeeze(-1)
-    tokens, probabilities = draw_tokens(logits, noise(_TOKEN, rows), temperature, banned)
-    chosen = noise(_UNMASK, rows) < fraction
+    tokens, probabilities = draw_tokens(logits, noise(TOKEN_NOISE, rows), temperature, banned)
+    chosen = noise(UNMASK_NOISE, rows) < fraction
     if order == "confidence" and rows.numel():
         chosen = most_confident(probabilities.max(-1).values, packed.sequence_ids[rows], chosen)
     return replace(packed, tokens=packed.tokens.index_put((rows[chosen],), tokens[chosen]))
@@ -332,11 +332,11 @@ def most_confident(confidence: Tensor, groups: Tensor, chosen: Tensor) -> Tensor
 def _draw_counts(expected_gaps: Tensor, fraction: float, noise: _RowNoise, kind: str) -> Tensor:
     """int64 [T]: masks that each gap receives, of mean expected_gaps times fraction."""
     y = expected_gaps.double()
-    uniforms = noise(_COUNT)
+    uniforms = noise(COUNT_NOISE)
     if kind == "poisson":
         return poisson_quantile(uniforms, y * fraction)
     whole = y.floor()
-    trials = whole + (noise(_ROUND_GAP) < y - whole)
+    trials = whole + (noise(ROUNDING_NOISE) < y - whole)
     return binomial_quantile(uniforms, trials, fraction)
 
 
@@ -394,75 +394,3 @@ def _insert(state: _State, counts: Tensor, mask_token_id: int, limit: int) -> _S
         closed=torch.zeros(size, dtype=torch.bool, device=counts.device).index_put((rows,), packed.closed),
     )
     return _State(grown, state.truncated | cut)
-
-
-@torch.no_grad()
-def sample_mdm(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    answer_length: int,
-    steps: int,
-    block_length: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    indices: Sequence[int] | None = None,
-    trace: Trace | None = None,
-) -> list[Sample]:
-    """LLaDA's own sampler (arXiv 2502.09992): a fixed answer of masks, block by block, low-confidence remasking.
-
-    Each step draws a token for every mask of the current block and commits those of highest probability, evenly many at
-    each step. The answer is cut at its first EOS.
-
-    Args:
-        answer_length: masks after the prompt, EOS padding included.
-        steps: forward passes over all blocks; a multiple of the number of blocks.
-        block_length: divides answer_length; None means one block.
-
-    Raises:
-        ValueError: lengths or steps do not divide, or prompt and answer exceed the model.
-    """
-    config = model.config
-    block_length = answer_length if block_length is None else block_length
-    if answer_length < 1 or block_length < 1 or answer_length % block_length:
-        raise ValueError(f"answer_length {answer_length} must be a positive multiple of block_length {block_length}")
-    blocks = answer_length // block_length
-    if steps < 1 or steps % blocks:
-        raise ValueError(f"steps {steps} must be a positive multiple of the number of blocks, {blocks}")
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if longest + answer_length > config.max_sequence_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and an answer of {answer_length} exceed the model's "
-            f"{config.max_sequence_length} tokens"
-        )
-    device = getattr(model, "device", torch.device("cpu"))
-    index = torch.arange(len(prompts), device=device) if indices is None else torch.tensor(indices, device=device)
-    packed = pack([[*prompt, *[config.mask_token_id] * answer_length] for prompt in prompts]).to(device)
-    begin = packed.cu_seqlens[1:].long() - answer_length
-    banned = torch.tensor([config.mask_token_id], device=device)
-    per_block = steps // blocks
-    with _evaluating(model):
-        for step in range(steps):
-            block, turn = divmod(step, per_block)
-            # Positions of this block in the packed row, [B, block_length], and how many each sequence commits now.
-            span = begin[:, None] + block * block_length + torch.arange(block_length, device=device)
-            masked = packed.tokens[span] == config.mask_token_id
-            rows = span[masked]
-            quota = block_length // per_block + (turn < block_length % per_block)
-            out = model(packed=packed, logit_rows=rows)
-            noise = keyed_uniform(seed, index[packed.sequence_ids[rows]], _TOKEN, step, packed.positions[rows])
-            tokens, probabilities = draw_tokens(out.logits, noise, temperature, banned)
-            confidence = torch.full(span.shape, -torch.inf, device=device)
-            confidence[masked] = probabilities.gather(1, tokens[:, None]).squeeze(1)
-            best = torch.zeros_like(masked).scatter(1, confidence.topk(quota, dim=1).indices, True)
-            commit = best[masked]
-            packed = replace(packed, tokens=packed.tokens.index_put((rows[commit],), tokens[commit]))
-            if trace is not None:
-                trace(step, (step + 1) / steps, [row.tolist() for row in packed.tokens.split(packed.lengths.tolist())])
-    samples = []
-    for prompt, row in zip(prompts, packed.tokens.split(packed.lengths.tolist()), strict=True):
-        answer = row[len(prompt) :].tolist()
-        if config.eos_token_id in answer:
-            answer = answer[: answer.index(config.eos_token_id)]
-        samples.append(Sample([*prompt, *answer], [True] * len(prompt) + [False] * len(answer), steps, False))
-    return samples

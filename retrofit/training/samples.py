@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.data.templates import chat_prompt, encode
-from retrofit.flexmdm.sampling import Prompt, sample_flexmdm, sample_mdm
+from retrofit.flexmdm.mdm_sampling import sample_mdm
+from retrofit.flexmdm.sampling import Prompt, sample_flexmdm
 from retrofit.sections import Recipe
 
 
