@@ -221,11 +221,10 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         return FlexMDMOutput(logits=self.model.logits(hidden[rows]), expected_gaps=gaps)
 
     def _embed_flags(self, packed: PackedSequences) -> Tensor | None:
-        if packed.kept is None or packed.closed is None:
+        if not self.config.token_flags or (packed.kept is None and packed.closed is None):
             return None
-        if not self.config.token_flags:
-            return None
-        flags = torch.stack((packed.kept, packed.closed), dim=-1)
+        none = torch.zeros_like(packed.tokens, dtype=torch.bool)
+        flags = torch.stack([none if flag is None else flag for flag in (packed.kept, packed.closed)], dim=-1)
         return self.flag_embedding(flags.to(self.flag_embedding.weight.dtype))
 
     @torch.inference_mode()

@@ -196,6 +196,9 @@ class _Clock:
                 "schedules: this model was trained on raw t (config time_input is 't'), so it can only be sampled with "
                 "its own insertion schedule"
             )
+        # Insertion goes no further than the model has seen: a geometric schedule ends at alpha = .990.
+        reach = float(trained.alpha(torch.ones((), dtype=torch.float64)))
+        self.schedules = replace(self.schedules, alpha_end=min(self.schedules.alpha_end, reach))
 
     def model_time(self, t: float) -> float:
         """The t at which the model's alpha is the sampler's alpha(t)."""

@@ -178,6 +178,7 @@ def test_the_flags_reach_the_prediction_and_absent_flags_add_nothing() -> None:
     one = torch.tensor([True, False, False, False])
     assert relative(gaps(one, none), gaps(none, none)) > 1e-3
     assert relative(gaps(none, one), gaps(none, none)) > 1e-3
+    assert torch.equal(gaps(one, None), gaps(one, none)) and torch.equal(gaps(None, one), gaps(none, one))
 
 
 def test_fed_alpha_the_model_depends_on_t_through_alpha_alone() -> None:

@@ -9,6 +9,7 @@ import torch
 from retrofit.flexmdm import (
     FlexMDMConfig,
     FlexMDMForMaskedDiffusion,
+    Geometric,
     Linear,
     PackedSequences,
     Power,
@@ -16,6 +17,7 @@ from retrofit.flexmdm import (
 )
 from retrofit.flexmdm.sampling import (
     Prompt,
+    _Clock,
     binomial_quantile,
     draw_tokens,
     most_confident,
@@ -162,6 +164,14 @@ def test_under_other_schedules_the_model_is_told_the_sampler_alpha() -> None:
     sample_flexmdm(model, [Prompt([])], steps=4, schedules=Schedules(Power(2.0), Linear()))
     times = [float(t[0]) for _, t in model.calls[:4]]
     assert times == pytest.approx([0.0, 1 - 0.75**2, 1 - 0.5**2, 1 - 0.25**2])
+
+
+def test_insertion_goes_no_further_than_the_model_was_trained() -> None:
+    """A geometric schedule ends at alpha = .990: under a linear one the sampler must not insert on to .999."""
+    model = Scripted(gap=0.0, insertion_schedule=Geometric().to_dict())
+    clock = _Clock(model.config, Schedules(Linear(), Linear()))
+    assert clock.insertion_fraction(0.0, 1.0) == pytest.approx(0.990, abs=1e-4)
+    assert clock.insertion_fraction(0.995, 1.0) == 0
 
 
 def test_a_model_of_raw_t_refuses_another_insertion_schedule() -> None:
