@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -237,10 +237,3 @@ def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
 def read_record(directory: Path) -> dict[str, Any]:
     """training_state.json alone."""
     return dict(json.loads((directory / STATE_RECORD).read_text(encoding="utf-8")))
-
-
-def copy_files(source: Path, names: Iterable[str], target: Path) -> None:
-    """Copies those of `names` that `source` has."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -247,6 +247,14 @@ def tokenizer_directory(source: Source) -> Path | None:
     return tokenizer_directory(base_of(source)) if source.adapter is not None else None
 
 
+def tokenizer_files(source: Source) -> dict[str, bytes]:
+    """Name and content of the files of a source's tokenizer; empty where there is none."""
+    directory = tokenizer_directory(source)
+    if directory is None:
+        return {}
+    return {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a source. Raises ValueError where there is none."""
     directory = tokenizer_directory(source)

@@ -7,6 +7,7 @@ adapter has a base to name.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class Start:
         adapter: the factors' shape, or None if all weights are trained.
         base: what an adapter names as its base: (path or Hub id, revision).
         merged_base: whether `base` is still to be written by `write_merged_base`.
-        tokenizer: directory with the tokenizer's files, or None.
+        tokenizer_files: name -> bytes. Held in memory: where they came from may be a checkpoint that is rotated away.
         source: what the weights were loaded from.
         parent: name, kind and digest of what the run started from (see `name_parent`).
     """
@@ -53,7 +54,7 @@ class Start:
     dtype: torch.dtype
     adapter: AdapterSettings | None
     base: tuple[str, str | None]
-    tokenizer: Path | None
+    tokenizer_files: dict[str, bytes]
     source: Source
     parent: dict[str, str] = field(default_factory=dict)
     merged_base: dict[str, Tensor] | None = None
@@ -76,9 +77,12 @@ class Start:
             adapters.save_adapter(
                 directory / "adapter", values, self.adapter, base_model=base_model, base_revision=base_revision
             )
-            checkpoint.copy_files(directory, ["config.json"], directory / "adapter")
-        if self.tokenizer is not None:
-            checkpoint.copy_files(self.tokenizer, loading.TOKENIZER_FILES, directory)
+            shutil.copyfile(directory / "config.json", directory / "adapter" / "config.json")
+        self._write_tokenizer(directory)
+
+    def _write_tokenizer(self, directory: Path) -> None:
+        for name, content in self.tokenizer_files.items():
+            (directory / name).write_bytes(content)
 
     def write_merged_base(self) -> None:
         """Writes the base that was merged for this run, and lets go of it."""
@@ -88,8 +92,7 @@ class Start:
             def write(directory: Path) -> None:
                 _write_config(self.model.config, type(self.model), self.dtype, directory)
                 _save_full(directory, tensors)
-                if self.tokenizer is not None:
-                    checkpoint.copy_files(self.tokenizer, loading.TOKENIZER_FILES, directory)
+                self._write_tokenizer(directory)
 
             checkpoint.write_directory(Path(self.base[0]), write)
             self.merged_base = None
@@ -136,7 +139,7 @@ def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
     else:
         _check_agreement(recipe, config)
         model = loading.load_source(source, dtype=loaded)
-    start = Start(model, dtype, None, (source.name, source.revision), loading.tokenizer_directory(source), source)
+    start = Start(model, dtype, None, (source.name, source.revision), loading.tokenizer_files(source), source)
     if source.kind == "adapter":
         start = _continue_adapter(start, recipe, source)
     if recipe.lora is not None and not adapters.is_adapted(model):
@@ -260,7 +263,7 @@ def from_checkpoint(recipe: Recipe, directory: Path, record: Mapping[str, Any], 
         base = (full.name, full.revision)
     adapters.select_trainable(model)
     _set_gradient_checkpointing(model, recipe)
-    return Start(model, dtype, adapter, base, loading.tokenizer_directory(source), source, dict(record["parent"]))
+    return Start(model, dtype, adapter, base, loading.tokenizer_files(source), source, dict(record["parent"]))
 
 
 FREE_FIELDS = frozenset(

@@ -310,6 +310,19 @@ def test_a_killed_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, long_run: Pat
     assert_equal_runs(tmp_path / "run", long_run, 60)
 
 
+def test_a_checkpoint_that_was_resumed_and_then_rotated_away_is_not_needed(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(make_recipe(whole, *FULL))
+    interrupted_copy(whole, cut, 2)
+    train(make_recipe(cut, *FULL, "--training.save_steps=1", "--training.save_total_limit=1"))
+    assert [path.name for path in checkpoint.steps_present(cut / "checkpoints")] == ["step-00000006"]
+    for directory in (cut, cut / "checkpoints" / "step-00000006"):
+        _, tokenizer = load_model(directory)
+        assert tokenizer.decode(tokenizer("a b")["input_ids"]) == "a b"
+
+
 def test_the_plain_mdm_trains_and_resumes_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     options = ("--objective.name=mdm", "--model.time_hidden_size=null", "--training.eval_steps=6")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
