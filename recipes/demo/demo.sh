@@ -26,7 +26,7 @@ chapter "The retrofit: the same weights become a FlexMDM. Killed on the way, it 
 show retrofit train recipes/demo/flexmdm.yaml
 retrofit train recipes/demo/flexmdm.yaml &
 job=$!
-until [ -d $out/flexmdm/checkpoints/step-00000800 ]; do
+until [ -d $out/flexmdm/checkpoints/step-00000600 ]; do
   kill -0 $job 2>/dev/null || wait $job
   sleep 0.2
 done
