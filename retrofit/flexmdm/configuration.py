@@ -32,11 +32,10 @@ _FIXED = {
     "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
-# Fields of the released configs that change nothing computed here. `auto_map` would name remote code: it is dropped.
+# Fields of the released configs that change nothing computed here.
 _IGNORED = (
     "alibi_bias_max",
     "attention_layer_norm_with_affine",
-    "auto_map",
     "flash_attention",
     "init_cutoff_factor",
     "init_device",
@@ -101,13 +100,23 @@ class LLaDAConfig(PretrainedConfig):
         self._refuse_unsupported(kwargs)
         for name in (*_FIXED, *_IGNORED):
             kwargs.pop(name, None)
-        kwargs["tie_word_embeddings"] = weight_tying
+        if self.model_type == "llada":
+            kwargs.pop("auto_map", None)  # names LLaDA's remote code, which is never run and would not fit what we save
+        if kwargs.setdefault("tie_word_embeddings", weight_tying) != weight_tying:
+            raise ValueError("config.json: `weight_tying` and `tie_word_embeddings` contradict each other")
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=bos_token_id, **kwargs)
         self._validate()
 
     def _refuse_unsupported(self, flags: dict[str, Any]) -> None:
         general = {name for name in dir(PretrainedConfig()) if not name.startswith("_")}
-        general |= {"torch_dtype", "dtype", "tie_word_embeddings", "transformers_version", "attn_implementation"}
+        general |= {
+            "auto_map",
+            "torch_dtype",
+            "dtype",
+            "tie_word_embeddings",
+            "transformers_version",
+            "attn_implementation",
+        }
         for name, value in flags.items():
             if name in _FIXED:
                 if value not in _FIXED[name]:
@@ -192,8 +201,8 @@ class FlexMDMConfig(LLaDAConfig):
         self.time_input = time_input
         self.time_scale = time_scale
         d_model = kwargs.get("d_model", 4096)
-        self.time_embedding_size = time_embedding_size or d_model
-        self.time_hidden_size = time_hidden_size or 4 * d_model
+        self.time_embedding_size = d_model if time_embedding_size is None else time_embedding_size
+        self.time_hidden_size = 4 * d_model if time_hidden_size is None else time_hidden_size
         self.time_group_size = time_group_size
         self.insertion_head_form = insertion_head_form
         self.mean_deletable_tokens = mean_deletable_tokens
@@ -201,7 +210,7 @@ class FlexMDMConfig(LLaDAConfig):
         self.banned_token_ids = banned_token_ids or []
         self.base_model = base_model
         self.base_revision = base_revision
-        self.max_gap = float(max_gap or kwargs.get("max_sequence_length", 4096))
+        self.max_gap = kwargs.get("max_sequence_length", 4096) if max_gap is None else max_gap
         super().__init__(**kwargs)
 
     def _validate(self) -> None:

@@ -203,7 +203,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a file or tensor is missing, surplus or misshapen (named).
         """
-        check_weight_files(path)
+        check_weight_files(os.path.join(path, kwargs.get("subfolder", "")))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.update(ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True)
         model: PreTrainedModel
@@ -236,6 +236,13 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def read_config(path: str | os.PathLike[str], arguments: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a directory or Hub id, found with those of from_pretrained's arguments that say where to look."""
+    where = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+    config, _ = LLaDAConfig.get_config_dict(path, **{name: arguments[name] for name in where if name in arguments})
+    return dict(config)
 
 
 def check_weight_files(path: str | os.PathLike[str]) -> None:
@@ -300,7 +307,7 @@ class LLaDAForMaskedDiffusion(LLaDAPreTrainedModel):
         Raises:
             ValueError: see `_load_strictly`; the config asks for something unsupported or is not LLaDA's.
         """
-        config_dict, _ = LLaDAConfig.get_config_dict(path, revision=kwargs.get("revision"))
+        config_dict = read_config(path, kwargs)
         if config_dict.get("model_type") != LLaDAConfig.model_type:
             raise ValueError(
                 f"{path}: config.json has model_type {config_dict.get('model_type')!r}, LLaDA needs 'llada'"

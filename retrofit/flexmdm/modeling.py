@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration import FlexMDMConfig, LLaDAConfig
-from .llada import LLaDAModel, LLaDAPreTrainedModel, dense_layout, mask_rows
+from .llada import LLaDAModel, LLaDAPreTrainedModel, dense_layout, mask_rows, read_config
 from .packing import PackedSequences, cumulative_lengths
 
 if TYPE_CHECKING:
     from .sampling import Prompt, Sample
+
+# Below this a gap of float32 would underflow to 0, whose logarithm the loss takes.
+_LEAST_LOG_GAP = -60.0
 
 NEW_MODULES = ("time_conditioning", "flag_embedding", "insertion_head")
 
@@ -87,7 +90,8 @@ class InsertionHead(nn.Module):
             return self.max_gap * F.softplus(z)
         # A smooth minimum with log(max_gap): a hard clamp would have no gradient beyond it.
         bound = math.log(self.max_gap)
-        return torch.exp(bound - F.softplus(bound - (log_prior + z), beta=4.0))
+        log_y = bound - F.softplus(bound - (log_prior + z), beta=4.0)
+        return torch.exp(log_y.clamp(min=_LEAST_LOG_GAP))
 
 
 @dataclass
@@ -112,6 +116,7 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
     def __init__(self, config: FlexMDMConfig):
         super().__init__(config)
         self.model = LLaDAModel(config)
+        self.schedules = config.schedules
         self.time_conditioning = TimeConditioning(config)
         if config.token_flags:
             self.flag_embedding = ZeroLinear(2, config.d_model, bias=False)
@@ -147,7 +152,7 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         Raises:
             ValueError: wrong model type, tensors that do not fit, or `flexmdm_config` for what is a FlexMDM already.
         """
-        config_dict, _ = LLaDAConfig.get_config_dict(path, revision=kwargs.get("revision"))
+        config_dict = read_config(path, kwargs)
         model_type = config_dict.get("model_type")
         if model_type not in (LLaDAConfig.model_type, cls.config_class.model_type):
             raise ValueError(f"{path}: config.json has model_type {model_type!r}, not llada or flexmdm")
@@ -156,8 +161,8 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
             raise ValueError(f"{path}: is a FlexMDM already; its config.json says what flexmdm_config would")
         if config is None and retrofit:
             base = LLaDAConfig.from_dict(config_dict).to_dict()
-            for name in ("model_type", "architectures", "transformers_version"):
-                base.pop(name, None)
+            for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+                base.pop(name, None)  # of the base, not of what it becomes
             config = FlexMDMConfig(**{**base, **(flexmdm_config or {})})
         config = config or FlexMDMConfig.from_dict(config_dict)
         return cls._load_strictly(path, config, NEW_MODULES if retrofit else (), **kwargs)
@@ -203,7 +208,7 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
 
     def _forward_packed(self, packed: PackedSequences, timesteps: Tensor, logit_rows: Tensor | None) -> FlexMDMOutput:
         config, sequence = self.config, packed.sequence_ids
-        alpha = config.schedules.alpha(timesteps)
+        alpha = self.schedules.alpha(timesteps)
         time = alpha if config.time_input == "alpha" else timesteps
         groups = [
             (scale[sequence], shift[sequence]) for scale, shift in self.time_conditioning(config.time_scale * time)

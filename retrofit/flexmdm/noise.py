@@ -51,7 +51,8 @@ def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
         if not isinstance(counter, Tensor):
             counter = torch.tensor(_signed(counter), device=device)
         state = _mix(state ^ (counter * _signed(_WEYL) + _signed(_MULTIPLIERS[0])))
-    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+    # 52 bits: with 53, the half added to the largest would round up to 1.
+    return (_shift_right(state, 12).double() + 0.5) * 2.0**-52
 
 
 def keyed_permutation(size: int, seed: int, *counters: int) -> Tensor:

@@ -190,8 +190,8 @@ class _Clock:
         trained = config.schedules
         self.schedules = trained if schedules is None else schedules
         self.trained = trained
-        self.warped = self.schedules.insertion != trained.insertion
-        if self.warped and getattr(config, "time_input", "alpha") == "t":
+        other_insertion = self.schedules.insertion != trained.insertion
+        if other_insertion and getattr(config, "time_input", "alpha") == "t":
             raise ValueError(
                 "schedules: this model was trained on raw t (config time_input is 't'), so it can only be sampled with "
                 "its own insertion schedule"
@@ -199,6 +199,7 @@ class _Clock:
         # Insertion goes no further than the model has seen: a geometric schedule ends at alpha = .990.
         reach = float(trained.alpha(torch.ones((), dtype=torch.float64)))
         self.schedules = replace(self.schedules, alpha_end=min(self.schedules.alpha_end, reach))
+        self.warped = other_insertion or self.schedules.alpha_end < reach
 
     def model_time(self, t: float) -> float:
         """The t at which the model's alpha is the sampler's alpha(t)."""
@@ -288,7 +289,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, banned: Te
     if temperature == 0:
         return logits.argmax(-1), probabilities
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    # Scaled by the last entry, rounding can never point past the end; `right` never lands on a token of probability 0.
+    # Below the last entry, a level never points past the end; `right` never lands on a token of probability 0.
     levels = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, levels, right=True).squeeze(-1), probabilities
 

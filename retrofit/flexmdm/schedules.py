@@ -16,6 +16,8 @@ from torch import Tensor
 
 # A hazard beta'/(1-beta) of the linear and power schedules is infinite at t = 1. It is evaluated no nearer than this.
 _LAST_TIME = 1.0 - 1e-6
+# The network's prior for a gap is the logarithm of 1 - alpha: alpha comes no nearer to 1 than this.
+_LAST_ALPHA = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Schedules:
 
     def alpha(self, t: Tensor) -> Tensor:
         """Probability that a token is inserted by time t, float64: the insertion schedule up to `alpha_end`."""
-        return self.insertion.value(t).clamp(max=self.alpha_end)
+        return self.insertion.value(t).clamp(max=min(self.alpha_end, _LAST_ALPHA))
 
     def insertion_hazard(self, t: Tensor) -> Tensor:
         """alpha' / (1 - alpha), float64; 0 once alpha has reached `alpha_end`."""
@@ -208,8 +210,7 @@ class Schedules:
     def insertion_fraction(self, t0: Tensor, t1: Tensor) -> Tensor:
         """Probability of insertion in (t0, t1] of a token not inserted by t0 (at t0 = 0: in [0, t1])."""
         start = torch.where(t0 > 0, self.alpha(t0), 0.0)
-        # At alpha = alpha_end = 1 nothing is left to insert and the quotient is 0 / 0.
-        return ((self.alpha(t1) - start) / (1 - start)).nan_to_num(0.0)
+        return (self.alpha(t1) - start) / (1 - start)
 
     def unmasking_fraction(self, t0: Tensor, t1: Tensor) -> Tensor:
         """Probability of unmasking in (t0, t1] of a mask at t0; 1 if t1 is 1, where no mask may be left."""

@@ -44,7 +44,8 @@ def insertion_sums(
     Returns:
         float32 [B].
     """
-    y, g = expected_gaps.float(), gaps.float()
+    # A closed gap is taken out before the logarithm: masked only afterwards, its gradient could still be 0 / 0.
+    y, g = torch.where(open_gaps, expected_gaps.float(), 1.0), gaps.float()
     losses = torch.where(open_gaps, y - g + torch.xlogy(g, g) - torch.xlogy(g, y), 0.0)
     return losses.new_zeros(weights.shape).index_add(0, sequence_ids, losses) * weights.float()
 

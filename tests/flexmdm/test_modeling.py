@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAForMaskedDiffusion, PackedSequences
 from retrofit.flexmdm.modeling import NEW_MODULES, add_slots
 from retrofit.flexmdm.packing import pack
+from retrofit.objective.losses import insertion_sums
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SMALL = {
@@ -317,3 +318,16 @@ def test_the_8b_retrofit_stays_small() -> None:
     adaln = 4 * (4096 * 8192 + 8192)
     head = 2 * 4096 + 4096 * 4096 + 4096 + 4096 + 1
     assert new == mlp + adaln + head + 2 * 4096 == 285_290_497
+
+
+def test_no_gradient_is_lost_where_hardly_anything_is_missing() -> None:
+    """alpha_end = 1, t next to 1, a head that is sure of empty gaps: the loss's logarithm stays finite."""
+    model = random_model(alpha_end=1.0, insertion_schedule={"type": "power", "exponent": 2.9}).train()
+    with torch.no_grad():
+        model.insertion_head.output.bias.fill_(-200.0)
+    packed = pack([[1, 38, 2]], slot=39)
+    out = model(packed=packed, timesteps=torch.tensor([1 - 1e-6], dtype=torch.float64))
+    every = torch.ones(4, dtype=torch.bool)
+    gaps = torch.tensor([0, 1, 0, 0])
+    insertion_sums(out.expected_gaps, gaps, every, packed.sequence_ids, torch.ones(1)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -11,6 +11,12 @@ def test_a_draw_depends_on_its_key_alone() -> None:
     assert torch.equal(keyed_uniform(7, ordinals.flip(0)[:, None], 3, positions), block.flip(0))
 
 
+def test_a_draw_is_never_0_or_1() -> None:
+    """The largest and the smallest state, put through the last line of the draw."""
+    for bits in (0, 2**52 - 1):
+        assert 0 < (float(bits) + 0.5) * 2.0**-52 < 1
+
+
 def test_every_part_of_the_key_matters() -> None:
     position = torch.arange(1000)
     base = keyed_uniform(1, 2, 3, position)
