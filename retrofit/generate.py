@@ -79,6 +79,8 @@ def generate(
                 "--prefix, --suffix: this is an MDM, which only continues a --prompt; a FlexMDM fills holes"
             )
     record = {"checkpoint": checkpoint, "revision": revision, "model_type": model.config.model_type, **settings}
+    if model.config.model_type == "flexmdm":
+        record["schedules"] = model.config.schedules.to_dict()  # they decide what steps mean
     rows = []
     for i, sample in enumerate(_sample(model, tokenizer, _encode(tokenizer, request), settings, num)):
         text = _decode_runs(tokenizer, sample.token_ids, sample.kept)
@@ -131,7 +133,7 @@ def _refuse_options(options: dict[str, Any], reason: str) -> None:
 
 
 def _flexmdm_settings(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """All settings of the sampler, with the model's schedules, which decide what steps mean."""
+    """All settings of the sampler."""
     longest = config.max_sequence_length - 1  # one row is the end slot
     settings: dict[str, Any] = {"steps": 128, "temperature": 1.0, "order": "random", "counts": "binomial"}
     settings |= {"max_length": longest} | {name: value for name, value in given.items() if value is not None}
@@ -149,15 +151,13 @@ def _mdm_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def _encode(tokenizer: Any, request: _Request) -> list[tuple[list[int], list[bool] | None]]:
     """(kept token ids, open gaps) of each prompt; no gaps given: only the last is open."""
-    from retrofit.data.templates import Piece, assemble, chat_prompt, encode
+    from retrofit.data.templates import chat_prompt, encode, infilling_prompt
 
     for text in [*request.prompts, *(request.hole or [])]:
         if _decode(tokenizer, encode(tokenizer, text)) != text:
             raise ValueError(f"the tokenizer does not give back the text {text[:40]!r} as it is, so it cannot be kept")
     if request.hole:
-        given = chat_prompt(tokenizer, request.prompts[0]) if request.chat else []
-        prefix, suffix = (encode(tokenizer, text) for text in request.hole)
-        document = assemble([Piece(given + prefix, True), Piece([], False), Piece(suffix, True)])
+        document = infilling_prompt(tokenizer, *request.hole, request.prompts[0] if request.chat else None)
         return [(document.token_ids, document.open_gaps)]
     to_ids = chat_prompt if request.chat else encode
     return [(to_ids(tokenizer, text), None) for text in request.prompts]

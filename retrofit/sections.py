@@ -247,14 +247,16 @@ class Recipe:
     sampling: SamplingSection = field(default_factory=SamplingSection)
 
     def __post_init__(self) -> None:
-        rows = self.objective.window + 1
+        slot = 1 if self.objective.name == "flexmdm" else 0
+        rows = self.objective.window + slot
         if self.training.max_tokens_per_device < rows:
             raise ValueError(
                 f"training.max_tokens_per_device: {self.training.max_tokens_per_device} cannot hold one document of "
-                f"objective.window: {self.objective.window} tokens and its end slot; make it at least {rows}"
+                f"objective.window: {self.objective.window} tokens{' and its end slot' if slot else ''}; "
+                f"make it at least {rows}"
             )
         if self.objective.name == "mdm":
-            variable_length = [f"model.{name}" for name in _FLEXMDM_FIELDS if getattr(self.model, name) is not None]
+            variable_length = [f"model.{name}" for name in FLEXMDM_FIELDS if getattr(self.model, name) is not None]
             if self.optimizer.new_modules_learning_rate is not None:
                 variable_length.append("optimizer.new_modules_learning_rate")
             if variable_length:
@@ -263,7 +265,7 @@ class Recipe:
                 )
 
 
-_FLEXMDM_FIELDS = (
+FLEXMDM_FIELDS = (
     "insertion_schedule", "unmasking_schedule", "alpha_end", "time_input",
     "time_group_size", "time_embedding_size", "time_hidden_size",
 )  # fmt: skip
@@ -278,3 +280,10 @@ SECTIONS: Mapping[str, type] = {
     "sampling": SamplingSection,
 }
 OPTIONAL_SECTIONS = ("lora", "sampling")
+
+
+def default_of(name: str) -> Any:
+    """The default of `section.field`, None where it has none."""
+    section, _, field_name = name.partition(".")
+    info = SECTIONS[section].__pydantic_fields__.get(field_name)  # type: ignore[attr-defined]
+    return None if info is None or info.is_required() else info.get_default(call_default_factory=True)

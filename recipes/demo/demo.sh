@@ -51,9 +51,12 @@ What the table does not show: the MDM is hardly trained, has to copy its way-poi
 window ends; the FlexMDM has them in place. It says that the job works, not how far apart the two are at their best.
 
 Made in $((SECONDS - began)) s:
-  $out/llada            the LLaDA it began with             $out/maze, $out/data   the task and its token stores
-  $out/mdm, mdm-more    the MDM's runs                      $out/flexmdm           the FlexMDM's run (log.jsonl, checkpoints, final)
-  $out/scores           every problem, output and verdict   $out/pictures          solved, failed and growing paths
+  $out/llada         the LLaDA that it began with
+  $out/maze, data    the task and its token stores
+  $out/mdm, mdm-more the runs of the MDM
+  $out/flexmdm       the run of the FlexMDM: log.jsonl, checkpoints, final
+  $out/scores        every problem, output and verdict, with the settings that repeat them
+  $out/pictures      solved, failed and growing paths
 
 Try next:
   .venv/bin/retrofit generate $out/flexmdm --prefix 0 --suffix Z --steps 128 --temperature 0.5 --num 3

@@ -61,9 +61,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
         ValueError: a name matches no linear map (the nearest one is named), or the head is asked for and is tied.
     """
     linears = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith("model.") and isinstance(module, nn.Linear) and name.split(".")[0] not in NEW_MODULES
+        name for name, module in model.named_modules() if name.startswith("model.") and isinstance(module, nn.Linear)
     ]
     block_names = sorted({name.rpartition(".")[2] for name in linears if ".blocks." in name})
     found: list[str] = []
@@ -101,20 +99,21 @@ def inject(model: nn.Module, settings: AdapterSettings) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     expected = find_targets(model, settings.target_modules)
-    inject_adapter_in_model(LoraConfig(**_peft_fields(settings, expected)), model, adapter_name=_NAME)
+    inject_adapter_in_model(LoraConfig(**_peft_fields(settings)), model, adapter_name=_NAME)
     got = [name for name, _ in lora_layers(model)]
     if sorted(got) != sorted(expected):
         raise RuntimeError(f"PEFT adapted {len(got)} modules where {len(expected)} were meant")
 
 
-def _peft_fields(settings: AdapterSettings, expected: list[str]) -> dict[str, Any]:
+def _peft_fields(settings: AdapterSettings) -> dict[str, Any]:
     """LoraConfig's fields. By PEFT's rule of suffixes a bare `ff_out` would hit the head too: it is excluded then."""
+    has_head = HEAD in settings.target_modules
     return {
         "r": settings.r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
         "target_modules": list(settings.target_modules),
-        "exclude_modules": [HEAD] if HEAD not in expected else None,
+        "exclude_modules": [HEAD] if HEAD.rpartition(".")[2] in settings.target_modules and not has_head else None,
         "bias": "none",
     }
 
@@ -183,7 +182,6 @@ def save_adapter(
     """
     directory.mkdir(parents=True, exist_ok=True)
     modules_to_save = [module for module in NEW_MODULES if any(name.split(".")[0] == module for name in weights)]
-    has_head = HEAD in settings.target_modules
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -191,7 +189,7 @@ def save_adapter(
         "revision": base_revision,
         "inference_mode": True,
         "modules_to_save": modules_to_save or None,
-        **_peft_fields(settings, [HEAD] if has_head else []),
+        **_peft_fields(settings),
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {_file_key(name): tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
@@ -207,6 +205,8 @@ def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, s
     path = directory / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config["target_modules"], list):
+            raise ValueError(f"target_modules must be a list of names, found {config['target_modules']!r}")
         settings = AdapterSettings(
             r=config["r"],
             lora_alpha=config["lora_alpha"],

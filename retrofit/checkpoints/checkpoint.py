@@ -31,7 +31,7 @@ RNG_TENSORS = "rng.safetensors"
 FORMAT_VERSION = 1
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
-_TEMPORARY = ".writing-"  # .writing-step-00001000
+TEMPORARY = ".writing-"  # .writing-step-00001000
 
 
 def step_name(step: int) -> str:
@@ -60,7 +60,7 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> str:
     Raises:
         OSError: the directory could not be written; nothing of it is left, and what was there before is as it was.
     """
-    temporary = directory.parent / f"{_TEMPORARY}{directory.name}"
+    temporary = directory.parent / f"{TEMPORARY}{directory.name}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -129,7 +129,7 @@ def _move_aside(directory: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes one small file that is whole or as it was before."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
@@ -213,8 +213,11 @@ def rotate(checkpoints: Path, keep: int, newest: Path) -> None:
 def remove_temporaries(checkpoints: Path) -> None:
     """Removes what a killed save left. Only the process that holds the run directory may call it."""
     if checkpoints.is_dir():
-        for path in checkpoints.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in checkpoints.glob(f"{TEMPORARY}*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- training state

@@ -132,8 +132,8 @@ def load_model(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer. See `resolve` for what `path` may be.
 
-    An adapter's factors stay apart from their base. Where the directory has a manifest, the files that were read are
-    verified against it.
+    An adapter's factors stay apart from their base. Where a directory has a manifest, the files that were read are
+    verified against it, the base's too.
 
     Args:
         dtype: of the weights; None keeps the files' own. Factors and new modules of an adapter are float32 always.
@@ -142,24 +142,29 @@ def load_model(
         ValueError: nothing loadable there, or the files do not fit together.
     """
     source = resolve(path, revision)
-    model = load_source(source, dtype=dtype)
-    if (source.directory / checkpoint.MANIFEST).is_file():
-        problem = checkpoint.find_problem(source.directory, only=lambda name: "training_state" not in name)
-        if problem:
-            raise ValueError(f"{source.directory}: damaged or changed since it was written: {problem}")
-    return model.eval(), load_tokenizer(source)
+    return load_source(source, dtype=dtype).eval(), load_tokenizer(source)
 
 
 def load_source(source: Source, *, dtype: torch.dtype | str | None = None) -> Any:
-    """The model of a resolved source, an adapter's factors injected and loaded."""
+    """The model of a resolved source, an adapter's factors injected and loaded. Verified as `load_model` says."""
     if source.adapter is None:
-        return load_full(source.directory, model_config(source), dtype=dtype)
-    settings, _, _ = adapters.read_adapter_config(source.adapter)
-    model = load_full(base_of(source).directory, model_config(source), dtype=dtype)
-    adapters.inject(model, settings)
-    adapters.select_trainable(model)
-    adapters.load_adapter_weights(model, source.adapter)
+        model = load_full(source.directory, model_config(source), dtype=dtype)
+    else:
+        settings, _, _ = adapters.read_adapter_config(source.adapter)
+        model = load_full(base_of(source).directory, model_config(source), dtype=dtype)
+        adapters.inject(model, settings)
+        adapters.select_trainable(model)
+        adapters.load_adapter_weights(model, source.adapter)
+        _verify(source.directory)
     return model
+
+
+def _verify(directory: Path) -> None:
+    """Refuses files that differ from the directory's manifest, if it has one. After loading, whose errors say more."""
+    if (directory / checkpoint.MANIFEST).is_file():
+        problem = checkpoint.find_problem(directory, only=lambda name: "training_state" not in name)
+        if problem:
+            raise ValueError(f"{directory}: damaged or changed since it was written: {problem}")
 
 
 def load_full(directory: Path, config: LLaDAConfig, *, dtype: torch.dtype | str | None = None) -> Any:
@@ -180,6 +185,7 @@ def load_pretrained(model_class: type, directory: Path, **arguments: Any) -> Any
         model = model_class.from_pretrained(directory, **arguments)  # type: ignore[attr-defined]
     except SafetensorError as error:
         raise ValueError(f"{directory}: the weights are not readable ({error}); incomplete download?") from error
+    _verify(directory)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

@@ -74,9 +74,11 @@ def chat_prompt(tokenizer: Any, question: str) -> list[int]:
     return start + _given_turn(tokenizer, "user", question) + _turn(tokenizer, "assistant", "")
 
 
-def infilling_prompt(tokenizer: Any, prefix: str, suffix: str) -> Document:
-    """A prefix and a suffix, both kept, and between them the one open gap."""
-    return assemble([Piece(encode(tokenizer, prefix), True), Piece([], False), Piece(encode(tokenizer, suffix), True)])
+def infilling_prompt(tokenizer: Any, prefix: str, suffix: str, question: str | None = None) -> Document:
+    """A prefix and a suffix, both kept, and between them the one open gap; of an answer, if there is a question."""
+    given = [] if question is None else chat_prompt(tokenizer, question)
+    pieces = [Piece(given + encode(tokenizer, prefix), True), Piece([], False), Piece(encode(tokenizer, suffix), True)]
+    return assemble(pieces)
 
 
 def assemble(pieces: Sequence[Piece]) -> Document:

@@ -65,10 +65,11 @@ def evaluate(
 
     import torch
 
-    from retrofit.checkpoints.loading import load_model, resolve
+    from retrofit.checkpoints.loading import load_source, load_tokenizer, resolve
     from retrofit.environment import packages
 
-    model, tokenizer = load_model(checkpoint)
+    source = resolve(checkpoint)
+    model, tokenizer = load_source(source).eval(), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     start = time.monotonic()
     if task == "maze":
@@ -88,14 +89,13 @@ def evaluate(
     else:
         from .loss import recipe_window, score_loss
 
-        source = resolve(checkpoint)
         window = recipe_window(source.directory)
         score = score_loss(model, Path(data), split=split, limit=limit, window=window, seed=seed)
     print(score.table)
     if output is not None:
         record = {
             "checkpoint": checkpoint,
-            "checkpoint_digest": resolve(checkpoint).digest(),
+            "checkpoint_digest": source.digest(),
             "model_type": model.config.model_type,
             "task": task,
             "split": split,

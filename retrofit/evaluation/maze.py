@@ -72,6 +72,8 @@ def score_maze(
     names = ["maze.json", *(f"{split}-{level}.jsonl" for level in LEVELS)]
     settings["data"] = {name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in names}
     settings |= {"split": split, "maze": maze.to_dict()}
+    if is_flexmdm:
+        settings["schedules"] = model.config.schedules.to_dict()
     files = {"results.jsonl": rows, "trace.jsonl": traces}
     return Score("\n".join(lines), {"levels": summary}, settings, files)
 

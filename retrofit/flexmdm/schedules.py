@@ -184,6 +184,11 @@ class Schedules:
         if not 0 < self.alpha_end <= 1:
             raise ValueError(f"alpha_end must lie in (0, 1], found {self.alpha_end}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for what is written beside samples and scores."""
+        pair = {"insertion": self.insertion.to_dict(), "unmasking": self.unmasking.to_dict()}
+        return {**pair, "alpha_end": self.alpha_end}
+
     def alpha(self, t: Tensor) -> Tensor:
         """Probability that a token is inserted by time t, float64: the insertion schedule up to `alpha_end`."""
         return self.insertion.value(t).clamp(max=min(self.alpha_end, _LAST_ALPHA))

@@ -214,24 +214,18 @@ class Engine:
             for rank, tensor in enumerate(self.gather(state))
         }
 
-    def restore_random_states(self, states: dict[str, Tensor]) -> None:
-        """Sets this rank's generators.
-
-        Raises:
-            ValueError: the states are those of another number of ranks or another kind of device.
-        """
+    def restore_random_states(self, states: dict[str, Tensor]) -> bool:
+        """Sets this rank's generators; False if the states are of another number of ranks or kind of device."""
         saved = len({key.partition("/")[0] for key in states})
         mine = {
             key.partition("/")[2]: state for key, state in states.items() if key.startswith(f"rank-{self.rank:05d}/")
         }
         if saved != self.world_size or ("cuda" in mine) != (self.device.type == "cuda"):
-            raise ValueError(
-                f"dropout's random state was saved by {saved} processes and cannot go on with {self.world_size} (or on "
-                "another kind of device); launch as before, or start a new stage with lora.lora_dropout: 0"
-            )
+            return False
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.device)
+        return True
 
 
 def check_launch(*, bf16: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from retrofit.checkpoints import checkpoint
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
+from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
 from retrofit.recipe import Recipe
 
@@ -29,7 +30,7 @@ from .ema import Average
 from .engine import Engine
 from .guard import NotFinite, Preempted, SignalGuard, announce, describe_divergence, ignore_signals
 from .log import Progress, Tracker, describe_loss, open_trackers
-from .opening import COMPLETE, check_recipe, load_start, open_extras, open_run, write_preamble
+from .opening import COMPLETE, check_base, check_recipe, load_start, open_extras, open_run, write_preamble
 from .optimizer import build_optimizer, build_scheduler, restore_scheduler
 from .run_directory import SAMPLES, RunDirectory
 from .samples import draw_samples
@@ -52,21 +53,23 @@ def train(recipe: Recipe) -> None:
         stack.callback(engine.close)
         stack.callback(run.release)
         guard = stack.enter_context(SignalGuard())
-        engine.together(lambda: check_recipe(recipe, engine))
+        engine.together(lambda: check_recipe(recipe, engine, run))
         resumed = engine.on_main(lambda: open_run(recipe, run))
         if resumed == COMPLETE:
             if engine.is_main:
                 announce(f"{run.path} is complete at step {recipe.training.max_steps}; its weights are in {run.final}")
             return
-        store = TokenStore.open(recipe.data.path, "train")
+        store = engine.together(lambda: TokenStore.open(recipe.data.path, "train"))
         begin = engine.together(lambda: load_start(recipe, store, resumed))
         held_out, tokenizer = engine.together(lambda: open_extras(recipe, begin))
         if resumed is None:
             begin.parent = engine.on_main(begin.name_parent)
+        engine.on_main(lambda: check_base(begin, resumed))
         trainer = Trainer(recipe, engine, guard, run, begin, store, held_out, tokenizer)
         if resumed is not None:
             engine.together(lambda: trainer.resume(Path(resumed)))
         engine.on_main(lambda: write_preamble(recipe, run, begin, resumed))
+        begin.merged_base = None  # written by now; ranks other than 0 let go of it too
         trainer.train()
 
 
@@ -111,9 +114,12 @@ class Trainer:
         self.since_log = _Sums()
         self.progress: Progress | None = None
         self.trackers: list[Tracker] = []
-        if begin.adapter is not None:
-            # Dropout is the only draw from torch's generators in a step; each rank has its own.
-            torch.manual_seed((section.seed * 65_537 + engine.rank + 1) % 2**63)
+        self._seed_dropout()
+
+    def _seed_dropout(self) -> None:
+        """Dropout is the only draw from torch's generators in a step; each rank has its own."""
+        key = keyed_uniform(self.recipe.training.seed, self.step, self.engine.rank)
+        torch.manual_seed(int(key * 2**52))
 
     def _stream(self, store: TokenStore, objective: Objective, **draws: int) -> StepStream:
         """This rank's part of a stream of `draws`, cut up as the recipe says."""
@@ -163,10 +169,10 @@ class Trainer:
                 self.evaluate()
             if self.tokenizer is not None and self._is_due(section.sample_steps):
                 self.sample()
-            if stop or self._is_due(section.save_steps):
-                self.save()
+            saved = self.save() if stop or self._is_due(section.save_steps) else False
             if stop and not is_last:
-                self._say(f"stopped by a signal at step {self.step}; the same command goes on from there")
+                where = "there" if saved else "the last checkpoint that was saved"
+                self._say(f"stopped by a signal at step {self.step}; the same command goes on from {where}")
                 self._close()
                 raise Preempted
         self.finish()
@@ -331,8 +337,8 @@ class Trainer:
     def _loadable_weights(self) -> Any:
         return self.average.in_place() if self.average is not None else nullcontext()
 
-    def save(self) -> None:
-        """Writes a checkpoint and then rotates. A save that fails is said, and the run goes on.
+    def save(self) -> bool:
+        """Writes a checkpoint and then rotates; returns whether it was saved. A failure is said, and the run goes on.
 
         Raises:
             NotFinite: a weight is not finite; nothing is written.
@@ -343,6 +349,7 @@ class Trainer:
         if outcome == _DIVERGED:
             self._close()
             raise NotFinite
+        return outcome == _SAVED
 
     def _state(self) -> tuple[dict[str, Tensor], int]:
         tensors, adam_step = self.engine.export_state()
@@ -358,7 +365,7 @@ class Trainer:
         prefix = "ema/" if self.average is not None else "master/"
         return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
-    def _write_checkpoint(self, tensors: dict[str, Tensor], adam_step: int, rng: dict[str, Tensor]) -> str | None:
+    def _write_checkpoint(self, tensors: dict[str, Tensor], adam_step: int, rng: dict[str, Tensor]) -> str:
         infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if infinite:
             newest, _ = checkpoint.latest(self.run.checkpoints)
@@ -378,11 +385,12 @@ class Trainer:
             checkpoint.write_directory(directory, write)
         except OSError as error:
             self._say(f"step {self.step}: the checkpoint could not be saved ({error}); the run goes on")
-            self.run.append({"step": self.step, "kind": "save_failed", "reason": str(error)})
-            return None
+            with suppress(OSError):  # on a full disk the log cannot take it either
+                self.run.append({"step": self.step, "kind": "save_failed", "reason": str(error)})
+            return _FAILED
         if self.recipe.training.save_total_limit is not None:
             checkpoint.rotate(self.run.checkpoints, self.recipe.training.save_total_limit, directory)
-        return None
+        return _SAVED
 
     def _state_record(self, adam_step: int) -> dict[str, Any]:
         documents = self.recipe.training.documents_per_step
@@ -397,6 +405,7 @@ class Trainer:
             "world_size": self.engine.world_size,
             "data_digest": self.store.manifest.digest,
             "parent": self.begin.parent,
+            "base_digest": self.begin.base_digest,
             "recipe": asdict(self.recipe),
         }
 
@@ -407,9 +416,11 @@ class Trainer:
         restore_scheduler(self.scheduler, record["scheduler"])
         if self.average is not None:
             self.average.import_state(tensors)
-        if self._has_dropout():
-            self.engine.restore_random_states(rng)
         self.step, self.tokens = record["step"], record["tokens"]
+        if self._has_dropout() and not self.engine.restore_random_states(rng):
+            self._seed_dropout()
+            if self.engine.is_main:
+                announce("dropout's random state is that of another number of processes; dropout is drawn anew")
         self.since_log = _Sums(**record["since_log"])
 
     def finish(self) -> None:
@@ -431,7 +442,8 @@ class Trainer:
             self.progress.close()
 
 
-_DIVERGED = "diverged"
+_SAVED, _FAILED, _DIVERGED = "saved", "failed", "diverged"
+"""Outcomes of a save."""
 
 
 @dataclass

@@ -29,9 +29,22 @@ COMPLETE = "complete"
 """What `open_run` says of a run that has nothing left to do."""
 
 
-def check_recipe(recipe: Recipe, engine: Engine) -> None:
+def check_recipe(recipe: Recipe, engine: Engine, run: RunDirectory) -> None:
+    """Refuses trackers that cannot report, and batch sizes that do not multiply to documents_per_step.
+
+    A run that goes on may do so with another number of processes: then the batch sizes are dropped, and that is said.
+    """
     check_trackers(recipe.training.report_to)
-    recipe.training.check_world_size(engine.world_size)
+    try:
+        recipe.training.check_world_size(engine.world_size)
+    except ValueError:
+        if not run.holds_run():
+            raise
+        if engine.is_main:
+            announce(
+                f"per_device_train_batch_size and gradient_accumulation_steps do not fit {engine.world_size} processes "
+                f"and are dropped; a step stays {recipe.training.documents_per_step} documents"
+            )
 
 
 def open_run(recipe: Recipe, run: RunDirectory) -> str | None:
@@ -70,6 +83,18 @@ def load_start(recipe: Recipe, store: TokenStore, resumed: str | None) -> Start:
     return start.from_checkpoint(recipe, Path(resumed), checkpoint.read_record(Path(resumed)), store)
 
 
+def check_base(begin: Start, resumed: str | None) -> None:
+    """Refuses to go on with an adapter over other frozen weights than those it was trained over."""
+    if resumed is None or begin.adapter is None:
+        return
+    begin.digest_base()
+    if begin.base_digest != checkpoint.read_record(Path(resumed))["base_digest"]:
+        raise ValueError(
+            f"{begin.base[0]}: these are not the weights that the adapter in {resumed} was trained over; "
+            "put the base back to resume, or choose another training.output_dir"
+        )
+
+
 def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTrainedTokenizerBase | None]:
     """The held-out documents and the tokenizer for samples, where the recipe asks for either."""
     held_out, tokenizer = None, None
@@ -92,11 +117,12 @@ def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, resumed: str
     aside = run.set_aside(step if resumed else -1)
     if aside:
         announce(f"log lines past step {step} are set aside in {aside}")
+    temporary = run.path / f"{checkpoint.TEMPORARY}recipe.yaml"
+    dump_recipe(recipe, temporary)
+    temporary.replace(run.path / "recipe.yaml")  # first: from here on the directory is known to be a run
+    name = "environment.json" if resumed is None else f"environment-{checkpoint.step_name(step)}.json"
+    checkpoint.write_text(run.path / name, json.dumps(environment(), indent=2) + "\n")
     if resumed is None:
         shutil.rmtree(run.path / start.BASE, ignore_errors=True)  # of a start that was cut short
         begin.write_merged_base()
-    temporary = run.path / ".recipe.yaml"
-    dump_recipe(recipe, temporary)
-    temporary.replace(run.path / "recipe.yaml")
-    name = "environment.json" if resumed is None else f"environment-{checkpoint.step_name(step)}.json"
-    checkpoint.write_text(run.path / name, json.dumps(environment(), indent=2) + "\n")
+        begin.digest_base()

@@ -56,7 +56,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"training.output_dir: {self.path} is a file; choose another directory")
         if self.path.is_dir() and not self.holds_run():
-            foreign = sorted(item.name for item in self.path.iterdir() if item.name != LOCK)
+            names = (item.name for item in self.path.iterdir())
+            foreign = sorted(name for name in names if name != LOCK and not name.startswith(checkpoint.TEMPORARY))
             if foreign:
                 raise ValueError(
                     f"training.output_dir: {self.path} holds {foreign[0]} and is not a run; choose another directory"

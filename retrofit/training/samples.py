@@ -38,13 +38,9 @@ def draw_samples(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe)
     prompts, seed = encode_prompts(tokenizer, recipe), recipe.training.seed
     settings: dict[str, Any] = {"steps": section.steps, "temperature": section.temperature, "seed": seed}
     if recipe.objective.name == "flexmdm":
-        settings["order"] = section.order
-        samples = sample_flexmdm(
-            model,
-            [Prompt(token_ids) for token_ids in prompts],
-            max_length=window,
-            **settings,
-        )
+        settings |= {"order": section.order, "counts": "binomial", "max_length": window}
+        samples = sample_flexmdm(model, [Prompt(token_ids) for token_ids in prompts], **settings)
+        settings["schedules"] = model.config.schedules.to_dict()
     else:
         settings["answer_length"] = window - max(map(len, prompts))
         samples = sample_mdm(model, prompts, **settings)

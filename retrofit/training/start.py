@@ -23,16 +23,13 @@ from retrofit.checkpoints.loading import Source
 from retrofit.data.store import TokenStore
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig
 from retrofit.flexmdm.schedules import schedule_from_dict
-from retrofit.sections import Recipe
+from retrofit.sections import FLEXMDM_FIELDS, Recipe, default_of
 
 BASE = "base"
 """Directory in the run of a base that was merged for it."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SCHEDULES = ("insertion_schedule", "unmasking_schedule")
-_MODEL_FIELDS = (
-    *_SCHEDULES, "alpha_end", "time_input", "time_group_size", "time_embedding_size", "time_hidden_size",
-)  # fmt: skip
 
 
 @dataclass
@@ -48,6 +45,7 @@ class Start:
         tokenizer_files: name -> bytes. Held in memory: where they came from may be a checkpoint that is rotated away.
         source: what the weights were loaded from.
         parent: name, kind and digest of what the run started from (see `name_parent`).
+        base_digest: of the frozen weights under an adapter (see `digest_base`).
     """
 
     model: Any
@@ -57,7 +55,13 @@ class Start:
     tokenizer_files: dict[str, bytes]
     source: Source
     parent: dict[str, str] = field(default_factory=dict)
+    base_digest: str | None = None
     merged_base: dict[str, Tensor] | None = None
+
+    def digest_base(self) -> None:
+        """Takes the digest of the frozen weights under an adapter, which a resumed run must find again."""
+        if self.adapter is not None:
+            self.base_digest = loading.resolve(*self.base).digest()
 
     def name_parent(self) -> dict[str, str]:
         """What a new run records of its parent. Hashes the weights where nothing else stands for them."""
@@ -129,6 +133,7 @@ def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
     source = loading.resolve(recipe.model.init_from, recipe.model.revision)
     config = loading.model_config(source)
     _check_objective(recipe, config)
+    _check_window(recipe, config)
     _check_adapter(recipe, source)
     store.check_fits(config, window=recipe.objective.window)
     dtype = _DTYPES[recipe.model.dtype]
@@ -175,7 +180,7 @@ def _retrofit(recipe: Recipe, store: TokenStore, source: Source, dtype: torch.dt
         raise ValueError(
             f"model.init_from: {source.directory} is an adapter of a plain LLaDA; merge it before it becomes a FlexMDM"
         )
-    fields = {name: getattr(recipe.model, name) for name in _MODEL_FIELDS if getattr(recipe.model, name) is not None}
+    fields = {name: getattr(recipe.model, name) for name in FLEXMDM_FIELDS if getattr(recipe.model, name) is not None}
     fields["mean_deletable_tokens"] = store.manifest.mean_deletable_tokens
     # A local path means nothing to whoever gets the checkpoint: only its last part is recorded.
     fields["base_model"] = source.name if source.revision else Path(source.name).name
@@ -210,6 +215,16 @@ def _check_objective(recipe: Recipe, config: LLaDAConfig) -> None:
         raise ValueError("model.dtype: bfloat16 weights need training.bf16: true (the factors beside them are float32)")
 
 
+def _check_window(recipe: Recipe, config: LLaDAConfig) -> None:
+    slot = 1 if recipe.objective.name == "flexmdm" else 0
+    most = config.max_sequence_length - slot
+    if recipe.objective.window > most:
+        raise ValueError(
+            f"objective.window: {recipe.objective.window} tokens{' and the end slot' if slot else ''} exceed the "
+            f"{config.max_sequence_length} rows of {recipe.model.init_from} (max_sequence_length); at most {most}"
+        )
+
+
 def _check_adapter(recipe: Recipe, source: Source) -> None:
     if source.adapter is None:
         if recipe.model.merge_first:
@@ -233,7 +248,7 @@ def _check_adapter(recipe: Recipe, source: Source) -> None:
 
 def _check_agreement(recipe: Recipe, config: LLaDAConfig) -> None:
     """The recipe may repeat what a FlexMDM was trained with, not contradict it."""
-    for name in _MODEL_FIELDS:
+    for name in FLEXMDM_FIELDS:
         asked = getattr(recipe.model, name)
         trained = getattr(config, name, None)
         if asked is None or not isinstance(config, FlexMDMConfig):
@@ -303,9 +318,10 @@ def check_same_run(recipe: Mapping[str, Any], recorded: Mapping[str, Any], direc
     """
     ours, theirs = _flatten(recipe), _flatten(recorded)
     names = sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
-    differing = [name for name in names if ours.get(name) != theirs.get(name)]
+    was = {name: theirs[name] if name in theirs else default_of(name) for name in names}  # a field newer than the run
+    differing = [name for name in names if ours.get(name) != was[name]]
     if differing:
-        listed = ", ".join(f"{name} is {ours.get(name)} and was {theirs.get(name)}" for name in differing)
+        listed = ", ".join(f"{name} is {ours.get(name)} and was {was[name]}" for name in differing)
         raise ValueError(
             f"training.output_dir: {directory} holds a run of another recipe ({listed}); "
             "put these fields back to resume it, or choose another directory"

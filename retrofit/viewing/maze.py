@@ -191,17 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def comparison(every: Sequence[Results]) -> str:
-    """A table of all evaluations: a row each, success with its 95 % interval for every level."""
+    """A table of all evaluations: a row each, forward passes, success with its 95 % interval for every level."""
     width = max(len(results.name) for results in every) + 2
-    lines = ["", " " * width + f"{'steps':>5}" + "".join(f"{level:>18}" for level in LEVELS)]
+    lines = ["", " " * width + "forwards" + "".join(f"{level:>18}" for level in LEVELS)]
     for results in every:
-        steps = results.settings["sampler"]["steps"]
+        levels = results.settings["summary"]["levels"].values()
+        forwards = sum(level["forwards"] for level in levels) / len(levels)
         cells = []
         for level in LEVELS:
             summary = results.settings["summary"]["levels"][level]
             low, high = (100 * end for end in summary["interval"])
             cells.append(f"{100 * summary['success']:.1f} % ({low:.0f}-{high:.0f})".rjust(18))
-        lines.append(f"{results.name:<{width}}{steps:>5}" + "".join(cells))
+        lines.append(f"{results.name:<{width}}{forwards:>8.0f}" + "".join(cells))
     return "\n".join(lines)
 
 

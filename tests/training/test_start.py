@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,63 @@ def test_the_digest_of_a_released_directory_is_that_of_its_weights(
     assert digest == "sha256:" + checkpoint.digest_of(
         {"model.safetensors": checkpoint.sha256(toy / "model" / "model.safetensors")}
     )
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["full/final/model.safetensors", "lora/final/adapter/adapter_model.safetensors"])
+def test_a_stage_does_not_start_from_damaged_weights(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path, damaged: str
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(runs / damaged.split("/")[0], parent)
+    flip_a_byte(parent / damaged.partition("/")[2])
+    options = LORA if damaged.startswith("lora") else ()
+    with pytest.raises(ValueError, match="damaged or changed since it was written"):
+        train(make_recipe(tmp_path / "next", *QUICK, *options, f"--model.init_from={parent}"))
+
+
+def test_an_adapter_does_not_go_on_over_another_base(make_recipe: MakeRecipe, toy: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(toy / "model", base)
+    recipe = make_recipe(tmp_path / "run", *FROM_LLADA, *LORA, f"--model.init_from={base}", "--training.save_steps=1")
+    train(recipe)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint.step_name(2))
+    flip_a_byte(base / "model.safetensors")
+    with pytest.raises(ValueError, match="not the weights that the adapter in .* was trained over"):
+        train(recipe)
+
+
+def test_a_merge_that_was_killed_does_not_lock_its_directory(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "next"
+    recipe = make_recipe(run, *QUICK, *LORA, f"--model.init_from={runs / 'lora'}", "--model.merge_first=true")
+    (run / ".writing-base").mkdir(parents=True)
+    (run / ".writing-recipe.yaml").write_text("cut")
+    train(recipe)
+    assert (run / "final").is_dir() and not list(run.glob(".writing-*"))
+
+
+def test_a_window_that_the_model_cannot_hold_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run", *FROM_LLADA, "--objective.window=64", "--training.max_tokens_per_device=99")
+    with pytest.raises(ValueError, match="objective.window: 64 tokens and the end slot exceed the 64 rows .* most 63"):
+        train(recipe)
+
+
+def test_a_field_that_is_newer_than_the_run_has_its_default(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = asdict(make_recipe(tmp_path / "run"))
+    older = {name: dict(section) for name, section in recipe.items() if section is not None}
+    del older["optimizer"]["min_lr_ratio"], older["sampling"]["chat"]
+    start.check_same_run(recipe, older, tmp_path)
+    recipe["optimizer"] |= {"min_lr_ratio": 0.5}
+    with pytest.raises(ValueError, match="min_lr_ratio is 0.5 and was 0.0"):
+        start.check_same_run(recipe, older, tmp_path)
 
 
 def test_lora_continues_the_same_factors_on_the_same_base(

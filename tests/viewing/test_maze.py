@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from retrofit.data.maze import LEVELS, Maze
-from retrofit.viewing.maze import Results, main, text_growing, text_maze
+from retrofit.viewing.maze import Results, comparison, main, text_growing, text_maze
 
 MAZE = Maze.draw(0)
 RING = Maze(3, 0, 0, frozenset({(1, 2), (2, 5), (5, 8), (7, 8), (6, 7), (3, 6), (0, 3), (1, 4)}))
@@ -29,7 +29,7 @@ def write_results(path: Path, *, outputs: dict[str, list[tuple[str, str, str | N
         frames += [
             {"level": level, "waypoints": waypoints, "frame": i, "t": i / 2, "text": t} for i, t in enumerate(texts)
         ]
-    summary = {"levels": {level: {"success": 0.5} for level in LEVELS}}
+    summary = {"levels": {level: {"success": 0.5, "interval": [0.4, 0.6], "forwards": 9.0} for level in LEVELS}}
     settings = {"model_type": model_type, "maze": MAZE.to_dict(), "summary": summary}
     (path / "settings.json").write_text(json.dumps(settings))
     for name, content in (("results.jsonl", rows), ("trace.jsonl", frames)):
@@ -90,3 +90,13 @@ def test_a_directory_without_scores_is_refused(tmp_path: Path, capsys: pytest.Ca
         main([str(tmp_path), "--out", str(tmp_path / "pictures")])
     assert stop.value.code == 2 and not (tmp_path / "pictures").exists()
     assert "retrofit: error:" in capsys.readouterr().err
+
+
+def test_the_table_compares_all_evaluations(tmp_path: Path) -> None:
+    every = [
+        Results.read(write_results(tmp_path / name, outputs={level: [good("09Z")] for level in LEVELS}))
+        for name in ("one", "other")
+    ]
+    _, header, one, other = comparison(every).splitlines()
+    assert header.split() == ["forwards", *LEVELS]
+    assert one.split() == ["one", "9"] + ["50.0", "%", "(40-60)"] * 3 and other.startswith("other")
