@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 
 from retrofit.checkpoints import checkpoint
 from retrofit.checkpoints.loading import load_model
+from retrofit.data.store import TokenStore
+from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
 from retrofit.recipe import Recipe
-from retrofit.training.loop import train
+from retrofit.training import start
+from retrofit.training.loop import build_objective, train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -308,6 +311,33 @@ def test_a_killed_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, long_run: Pat
     train(recipe)
     assert f"held by process {process.pid}" in capfd.readouterr().err
     assert_equal_runs(tmp_path / "run", long_run, 60)
+
+
+def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_update(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Loss and norm in the log, and the gradient that is used, written out from the model and its documents."""
+    options = ("--training.max_steps=1", "--optimizer.max_grad_norm=0.01", "--optimizer.weight_decay=0")
+    recipe = make_recipe(tmp_path / "run", *options)
+    store = TokenStore.open(recipe.data.path, "train")
+    model = start.from_recipe(recipe, store).model
+    objective = build_objective(recipe, model.config, recipe.training.seed)
+    stream = StepStream(
+        store, objective, seed=0, documents_per_step=8, time_strata=8, max_tokens_per_device=10_000, max_steps=1
+    )
+    (batch,) = stream[0]
+    loss = torch.stack([term.sum() for term in objective.loss_terms(model, batch).values()]).sum() / (8 * 32)
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    train(recipe)
+    line = next(line for line in read_log(tmp_path / "run") if line["kind"] == "train")
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.01
+    moments = load_file(step_directory(tmp_path / "run", 1) / "training_state.safetensors")
+    for name, parameter in model.named_parameters():
+        clipped = parameter.grad * (0.01 / (norm + 1e-6))
+        assert torch.allclose(moments[f"exp_avg/{name}"], 0.1 * clipped, rtol=1e-4, atol=1e-9)
 
 
 def test_a_checkpoint_that_was_resumed_and_then_rotated_away_is_not_needed(
