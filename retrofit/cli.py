@@ -284,7 +284,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     from retrofit.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # before torch: a wrong recipe is refused at once
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)  # before torch: a wrong recipe is refused at once
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(USER_ERROR) from None  # all ranks read the same file: rank 0 says what is wrong with it
+        raise
 
     from retrofit.training.loop import train
 

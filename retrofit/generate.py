@@ -209,6 +209,10 @@ def _print(sample: Any, text: str) -> None:
 def _write(rows: list[dict[str, Any]], output: Path) -> None:
     """All rows or none."""
     partial = output.with_name(output.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, output)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(partial, output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{output}: could not be written ({error.strerror or error})") from error

@@ -161,7 +161,7 @@ class TrainingSection:
 
     output_dir: Text
     """run directory; if it holds a run of this recipe, training resumes"""
-    seed: Count = 0
+    seed: Annotated[Count, Field(lt=2**63)] = 0
     """seed of initialisation, order, t and noise"""
     max_steps: PositiveInt
     """steps to train, counted from the start of the run"""

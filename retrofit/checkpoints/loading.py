@@ -268,7 +268,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise ValueError(f"{source.directory}: holds no tokenizer (tokenizer.json); copy the base model's files there")
     # Without trust_remote_code=False a released LLaDA folder makes it ask on stdin.
     # An empty config keeps it from looking for `llada` among the model types that it knows.
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, config=PreTrainedConfig())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, config=PreTrainedConfig())
+    except Exception as error:  # the tokenizers library has none of its own; all mean the same to the user
+        raise ValueError(f"{directory}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+    rows, vocabulary = model_config(source).vocab_size, tokenizer.get_vocab()
+    last = max(vocabulary, key=lambda token: vocabulary[token])
+    if vocabulary[last] >= rows:
+        raise ValueError(
+            f"{directory}: token {last!r} has id {vocabulary[last]}, the model has {rows} rows of embedding; "
+            "resize the model or take the token out of tokenizer.json"
+        )
+    return tokenizer
 
 
 def unwritable_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:

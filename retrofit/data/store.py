@@ -21,11 +21,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 import numpy as np
 import torch
@@ -278,6 +278,15 @@ class TokenStore:
                     f"raise it or prepare the data with --max-length {limit}"
                 )
 
+    def check_tokenizer(self, content: bytes | None) -> None:
+        """Refuses a model whose tokenizer.json (its bytes; None: it has none) is not the one that made the data."""
+        digest = None if content is None else hashlib.sha256(content).hexdigest()
+        if digest not in (None, self.manifest.tokenizer.digest):
+            raise ValueError(
+                f"{self.path}: tokenizer.digest is {self.manifest.tokenizer.digest[:12]} in the data, "
+                f"{str(digest)[:12]} in the model: prepare the data with the tokenizer of this model"
+            )
+
 
 def split_digest(directory: Path) -> str:
     """SHA-256 over the bytes of a split's three files."""
@@ -387,10 +396,11 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self.rejects.close()
-        for split in self.splits.values():
-            for array in split.arrays.values():
-                array.file.close()
+        arrays = [array for split in self.splits.values() for array in split.arrays.values()]
+        files: list[IO[Any]] = [self.rejects, *(array.file for array in arrays)]
+        for file in files:
+            with suppress(OSError):  # on a full disk closing fails too, and the directory goes in any case
+                file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def reject(self, row: dict[str, Any]) -> None:

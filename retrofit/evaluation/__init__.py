@@ -65,7 +65,7 @@ def evaluate(
 
     import torch
 
-    from retrofit.checkpoints.loading import load_source, load_tokenizer, resolve
+    from retrofit.checkpoints.loading import load_source, load_tokenizer, resolve, tokenizer_files
     from retrofit.environment import packages
 
     source = resolve(checkpoint)
@@ -90,7 +90,10 @@ def evaluate(
         from .loss import recipe_window, score_loss
 
         window = recipe_window(source.directory)
-        score = score_loss(model, Path(data), split=split, limit=limit, window=window, seed=seed)
+        tokenizer_json = tokenizer_files(source).get("tokenizer.json")
+        score = score_loss(
+            model, Path(data), split=split, limit=limit, window=window, seed=seed, tokenizer_json=tokenizer_json
+        )
     print(score.table)
     if output is not None:
         record = {

@@ -19,7 +19,15 @@ MAX_ROWS = 16384  # rows of one forward pass: bounds memory, changes nothing els
 
 
 def score_loss(
-    model: Any, data: Path, *, split: str, limit: int | None, window: int | None, seed: int, max_rows: int = MAX_ROWS
+    model: Any,
+    data: Path,
+    *,
+    split: str,
+    limit: int | None,
+    window: int | None,
+    seed: int,
+    tokenizer_json: bytes | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> Score:
     """Mean loss of a document by term, in nats, with its standard error.
 
@@ -30,6 +38,7 @@ def score_loss(
     Args:
         limit: measure only so many documents (drawn by the seed); None means all.
         window: an MDM's canvas; None means the longest document of the store.
+        tokenizer_json: the model's, which has to be the one that made the store; None is not checked.
 
     Raises ValueError when the store does not fit the model or the split is empty.
     """
@@ -38,6 +47,7 @@ def score_loss(
     longest = max(record.longest for record in store.manifest.splits.values())
     canvas = None if is_flexmdm else window or longest
     store.check_fits(model.config, window=canvas)
+    store.check_tokenizer(tokenizer_json)
     if not len(store):
         raise ValueError(
             f"{data}: the split {split} is empty: prepare the data with a larger --held-out, or give --split"

@@ -10,7 +10,7 @@ import torch
 
 from .noise import keyed_uniform
 from .packing import pack
-from .sampling import TOKEN_NOISE, Sample, Trace, draw_tokens, evaluating
+from .sampling import TOKEN_NOISE, Sample, Trace, check_temperature, check_token_ids, draw_tokens, evaluating
 
 
 @torch.no_grad()
@@ -41,7 +41,12 @@ def sample_mdm(
     """
     config = model.config
     block_length = answer_length if block_length is None else block_length
-    if answer_length < 1 or block_length < 1 or answer_length % block_length:
+    check_temperature(temperature)
+    for number, prompt in enumerate(prompts):
+        check_token_ids(prompt, number, config.vocab_size)
+    if answer_length < 1:
+        raise ValueError(f"answer_length must be at least 1, found {answer_length}")
+    if block_length < 1 or answer_length % block_length:
         raise ValueError(f"answer_length {answer_length} must be a positive multiple of block_length {block_length}")
     blocks = answer_length // block_length
     if steps < 1 or steps % blocks:

@@ -7,6 +7,7 @@ Shape legend: T packed rows (slots included), B sequences, M masked rows, V voca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -240,8 +241,7 @@ def _check(
         raise ValueError(f"order must be 'random' or 'confidence', found {order!r}")
     if counts not in ("binomial", "poisson"):
         raise ValueError(f"counts must be 'binomial' or 'poisson', found {counts!r}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, found {temperature}")
+    check_temperature(temperature)
     if not 0 <= limit < config.max_sequence_length:
         raise ValueError(
             f"max_length {limit}: the model holds {config.max_sequence_length} rows, one of them the end slot; "
@@ -253,11 +253,23 @@ def _check(
             raise ValueError(f"prompt {number}: its {length} tokens exceed the length limit of {limit}")
         if prompt.open_gaps is not None and len(prompt.open_gaps) != length + 1:
             raise ValueError(f"prompt {number}: {length} tokens have {length + 1} gaps, not {len(prompt.open_gaps)}")
+        check_token_ids(prompt.token_ids, number, config.vocab_size)
         for token in prompt.token_ids:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"prompt {number}: token id {token} is outside the vocabulary of {config.vocab_size}")
             if token == config.mask_token_id:
                 raise ValueError(f"prompt {number}: holds the mask token (id {token}); open a gap instead")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses (ValueError) a temperature that is negative, infinite or no number."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, found {temperature}")
+
+
+def check_token_ids(token_ids: Sequence[int], number: int, vocab_size: int) -> None:
+    """Refuses (ValueError) ids of prompt `number` that are no rows of the embedding."""
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"prompt {number}: token id {token} is outside the vocabulary of {vocab_size}")
 
 
 def _start(prompts: Sequence[Prompt], slot: int, device: torch.device | str) -> _State:

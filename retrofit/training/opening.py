@@ -67,7 +67,8 @@ def open_run(recipe: Recipe, run: RunDirectory) -> str | None:
             )
         if (run.path / "recipe.yaml").is_file():
             start.check_same_run(asdict(recipe), asdict(load_recipe(run.path / "recipe.yaml")), run.path)
-        return None
+        # Checkpoints may have been deleted to save space: what is finished is not trained again.
+        return COMPLETE if checkpoint.find_problem(run.final) is None else None
     record = checkpoint.read_record(newest)
     start.check_same_run(asdict(recipe), record["recipe"], run.path)
     start.check_same_data(store, record, newest)

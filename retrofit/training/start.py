@@ -136,6 +136,7 @@ def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
     _check_window(recipe, config)
     _check_adapter(recipe, source)
     store.check_fits(config, window=recipe.objective.window)
+    _check_tokenizer(store, source)
     dtype = _DTYPES[recipe.model.dtype]
     loaded = dtype if recipe.lora is not None else torch.float32
     torch.manual_seed(recipe.training.seed)
@@ -215,6 +216,12 @@ def _check_objective(recipe: Recipe, config: LLaDAConfig) -> None:
         raise ValueError("model.dtype: bfloat16 weights need training.bf16: true (the factors beside them are float32)")
 
 
+def _check_tokenizer(store: TokenStore, source: Source) -> None:
+    if loading.tokenizer_directory(source) is not None:
+        loading.load_tokenizer(source)  # refuses ids beyond the embedding
+        store.check_tokenizer(loading.tokenizer_files(source).get("tokenizer.json"))
+
+
 def _check_window(recipe: Recipe, config: LLaDAConfig) -> None:
     slot = 1 if recipe.objective.name == "flexmdm" else 0
     most = config.max_sequence_length - slot
@@ -269,6 +276,7 @@ def from_checkpoint(recipe: Recipe, directory: Path, record: Mapping[str, Any], 
     source = loading.resolve(directory)
     config = loading.model_config(source)
     store.check_fits(config, window=recipe.objective.window)
+    _check_tokenizer(store, source)
     dtype = _DTYPES[recipe.model.dtype]
     model = loading.load_source(source, dtype=dtype if recipe.lora is not None else torch.float32)
     adapter, base = None, (source.name, source.revision)

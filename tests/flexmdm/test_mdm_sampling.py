@@ -58,6 +58,9 @@ def test_the_mdm_sampler_takes_prompts_of_unequal_length() -> None:
         ({"answer_length": 7, "block_length": 4}, "multiple of block_length"),
         ({"answer_length": 8, "block_length": 4, "steps": 3}, "number of blocks"),
         ({"answer_length": 40}, "exceed the model"),
+        ({"answer_length": 0}, "answer_length must be at least 1"),
+        ({"answer_length": 4, "temperature": -1.0}, "temperature"),
+        ({"answer_length": 4, "temperature": float("inf")}, "temperature"),
     ],
 )
 def test_the_mdm_sampler_refuses_what_does_not_divide(settings: dict[str, Any], message: str) -> None:

@@ -130,6 +130,43 @@ def test_a_merge_that_was_killed_does_not_lock_its_directory(
     assert (run / "final").is_dir() and not list(run.glob(".writing-*"))
 
 
+def test_a_model_with_another_tokenizer_than_the_data_is_refused(
+    make_recipe: MakeRecipe, toy: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(toy / "model", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="tokenizer.digest is .* in the data"):
+        train(make_recipe(tmp_path / "run", *FROM_LLADA, f"--model.init_from={other}"))
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(make_recipe: MakeRecipe, toy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(toy / "model", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "content": "<NEW>", "id": 264})
+    for index, content in ((262, "<A>"), (263, "<B>")):
+        tokenizer["added_tokens"].insert(-1, {**tokenizer["added_tokens"][-1], "content": content, "id": index})
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="token '<NEW>' has id 264, the model has 264 rows"):
+        train(make_recipe(tmp_path / "run", *FROM_LLADA, f"--model.init_from={other}"))
+    with pytest.raises(ValueError, match="<NEW>"):
+        load_model(other)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(
+    make_recipe: MakeRecipe, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "full", tmp_path / "full")
+    shutil.rmtree(tmp_path / "full" / "checkpoints")
+    train(make_recipe(tmp_path / "full", *FROM_LLADA))
+    assert "is complete at step 2" in capfd.readouterr().err
+    assert not list((tmp_path / "full").glob("broken-*"))
+
+
 def test_a_window_that_the_model_cannot_hold_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", *FROM_LLADA, "--objective.window=64", "--training.max_tokens_per_device=99")
     with pytest.raises(ValueError, match="objective.window: 64 tokens and the end slot exceed the 64 rows .* most 63"):
