@@ -8,6 +8,7 @@ clamp nothing; they take hazards and leap fractions from `Schedules`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -21,26 +22,26 @@ _LAST_ALPHA = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """An increasing function of t; subclasses give `value`, `survival`, `derivative` and `inverse_survival`."""
 
     type: ClassVar[str]
 
+    @abstractmethod
     def value(self, t: Tensor) -> Tensor:
         """The schedule at t, float64, same shape."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def survival(self, t: Tensor) -> Tensor:
         """1 - value(t), float64, without cancellation."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def derivative(self, t: Tensor) -> Tensor:
         """d value / d t, float64, same shape."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def inverse_survival(self, s: Tensor) -> Tensor:
         """The earliest t with survival(t) <= s: 0 above the schedule's start, inf below its end."""
-        raise NotImplementedError  # pragma: no cover
 
     def inverse(self, u: Tensor) -> Tensor:
         """The earliest t with value(t) >= u: 0 below the schedule's start, inf above its end."""

@@ -83,7 +83,6 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_data_set_gives_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "toyset"
     folder.mkdir()
@@ -94,7 +93,6 @@ def test_a_data_set_gives_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_data_set_that_does_not_load_is_refused_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     folder = tmp_path / "empty"
     folder.mkdir()
     with pytest.raises(ValueError, match="cannot load this data set") as refusal:
