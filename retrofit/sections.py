@@ -170,9 +170,9 @@ class TrainingSection:
     max_tokens_per_device: PositiveInt = 16384
     """rows of one micro-batch on one rank; bounds memory, does not change what is trained on"""
     per_device_train_batch_size: PositiveInt | None = None
-    """optional check: times gradient_accumulation_steps times ranks it must be documents_per_step"""
+    """optional: times gradient_accumulation_steps times ranks it must be documents_per_step"""
     gradient_accumulation_steps: PositiveInt | None = None
-    """optional check, see per_device_train_batch_size; micro-batches follow max_tokens_per_device"""
+    """optional, see per_device_train_batch_size: at least so many micro-batches; max_tokens_per_device may make more"""
     bf16: bool = False
     """compute in bfloat16 under autocast"""
     gradient_checkpointing: bool = False

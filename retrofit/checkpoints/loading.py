@@ -22,7 +22,6 @@ from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConf
 
 from . import adapters, checkpoint
 
-Model = LLaDAForMaskedDiffusion | FlexMDMForMaskedDiffusion
 Kind = Literal["full", "adapter"]
 
 TOKENIZER_FILES = (
