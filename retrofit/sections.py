@@ -183,6 +183,16 @@ class TrainingSection:
     """steps between checkpoints"""
     save_total_limit: PositiveInt | None = None
     """checkpoints kept, the newest first; null: all"""
+    save_every_keep: PositiveInt | None = None
+    """checkpoints at multiples of this step are kept for good, beside save_total_limit; null: none is"""
+    skip_steps: list[PositiveInt] = field(default_factory=list)
+    """steps (counted from 1) whose documents are passed over without an update, after a loss that was not finite"""
+    stop_after_minutes: PositiveFloat | None = None
+    """save and stop after this time, as after a signal (exit code 75); null: no limit"""
+    step_timeout_minutes: PositiveFloat = 15.0
+    """time without progress after which a rank that hangs is named and the run ends"""
+    start_timeout_minutes: PositiveFloat = 60.0
+    """the same for everything up to the end of a process's first step, where kernels are compiled"""
     eval_steps: PositiveInt | None = None
     """steps between measurements of the held-out loss; null: none"""
     eval_documents: PositiveInt = 256
@@ -195,6 +205,11 @@ class TrainingSection:
     """trackers besides log.jsonl, which is always written"""
 
     def __post_init__(self) -> None:
+        if self.save_every_keep is not None and self.save_every_keep % self.save_steps:
+            raise ValueError(
+                f"save_every_keep: {self.save_every_keep} is no multiple of save_steps: {self.save_steps}, "
+                "so no checkpoint would be kept for it"
+            )
         known = (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1)
         if self.documents_per_step % known:
             raise ValueError(f"{self._batch()} is no divisor of documents_per_step: {self.documents_per_step}")
