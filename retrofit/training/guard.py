@@ -1,19 +1,22 @@
-"""What ends a run before its last step: a signal, or a loss or gradient that is not finite.
+"""What ends a run before its last step: a signal, the time limit, or a loss or gradient that is not finite.
 
 Exit codes:
 
-| code | meaning                                                                                        |
-| ---- | ---------------------------------------------------------------------------------------------- |
-| 0    | the run is complete                                                                            |
-| 2    | refused: one line says what, where and how to mend it                                          |
-| 3    | loss, gradient norm or a weight is not finite; nothing was updated with it, nothing was saved  |
-| 75   | stopped by a signal after saving; start the same command again to go on (a scheduler requeues) |
+| code | meaning                                                                                              |
+| ---- | ---------------------------------------------------------------------------------------------------- |
+| 0    | the run is complete                                                                                  |
+| 2    | refused: one line says what, where and how to mend it                                                |
+| 3    | loss, gradient norm or a weight is not finite; nothing was updated with it, nothing was saved        |
+| 4    | a rank hangs or is gone (`watch` names it); start the same command again to go on                    |
+| 75   | stopped by a signal or the time limit after saving; start the same command again (a scheduler does)  |
+| 128+ | a second signal ended the process at once; nothing half-saved is taken for good                      |
 
-Launchers such as torchrun report their own code (1) when a rank exits with another than 0.
+Launchers such as torchrun report their own code (1) when a rank exits with another than 0; `outcome.json` has ours.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -22,7 +25,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import psutil
+
 EXIT_NOT_FINITE = 3
+EXIT_HANGING = 4
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -32,7 +38,7 @@ launcher then passes its own on."""
 
 
 class Preempted(SystemExit):
-    """A signal came; the run was saved and stops with EXIT_REQUEUE."""
+    """A signal came or the time was up; the run was saved and stops with EXIT_REQUEUE."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_REQUEUE)
@@ -45,16 +51,33 @@ class NotFinite(SystemExit):
         super().__init__(EXIT_NOT_FINITE)
 
 
+TIME_LIMIT = "the time limit"
+
+
 class SignalGuard:
     """Notes the first signal, for the loop to act upon between steps; a second one ends the process at once.
 
     Ending at once does no harm: what is being saved has a temporary name, and every finished checkpoint is whole.
+
+    Args:
+        stop_after_minutes: age of the process at which its time is up, as if a signal came; None: no limit.
     """
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    def __init__(self, stop_after_minutes: float | None = None) -> None:
+        self._signal: str | None = None
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._deadline = math.inf
+        if stop_after_minutes is not None:
+            age = time.time() - psutil.Process().create_time()
+            self._deadline = time.monotonic() - age + 60 * stop_after_minutes
+
+    @property
+    def received(self) -> str | None:
+        """The signal's name, or TIME_LIMIT; None while the run may go on. Never None again once it was not."""
+        if self._signal is None and time.monotonic() >= self._deadline:
+            return TIME_LIMIT
+        return self._signal
 
     def __enter__(self) -> SignalGuard:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -65,8 +88,8 @@ class SignalGuard:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
+        if self._signal is None:
+            self._signal = signal.Signals(number).name
             self._received_at = time.monotonic()
         elif time.monotonic() - self._received_at > ECHO_SECONDS:
             os._exit(128 + number)

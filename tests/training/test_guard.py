@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from retrofit.training import guard
@@ -31,7 +33,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_the_exit_codes_are_the_documented_ones() -> None:
-    assert (guard.Preempted().code, guard.NotFinite().code) == (75, 3)
+    assert (guard.Preempted().code, guard.NotFinite().code, guard.EXIT_HANGING) == (75, 3, 4)
 
 
 @pytest.mark.parametrize("offending", [[], [17]])
@@ -41,3 +43,14 @@ def test_a_divergence_names_step_draws_and_last_good_checkpoint(offending: list[
     )
     assert all(part in text for part in ("step 3", "nan", "16 to 23", "run/step-2", *map(str, offending)))
     assert "\n" not in text
+
+
+def test_the_time_limit_counts_from_the_start_of_the_process() -> None:
+    began = time.time() - psutil.Process().create_time()
+    with guard.SignalGuard(stop_after_minutes=(began + 0.5) / 60) as signals:
+        assert signals.received is None
+        time.sleep(0.6)
+        assert signals.received == guard.TIME_LIMIT
+        os.kill(os.getpid(), signal.SIGTERM)  # the first signal, not a second one
+        assert signals.received == "SIGTERM"
+    assert guard.SignalGuard(stop_after_minutes=began / 120).received == guard.TIME_LIMIT
