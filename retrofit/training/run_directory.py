@@ -1,6 +1,6 @@
 """The run directory: who holds it, what is in it, and its log.
 
-    recipe.yaml  environment.json  log.jsonl  samples.jsonl  checkpoints/step-00001000/  final/  lock.json
+    recipe.yaml  environment.json  log.jsonl  samples.jsonl  checkpoints/step-00001000/  final/  lock.json  outcome.json
 
 `log.jsonl` holds one strict JSON object a line (numbers that are not finite are written as text). When a run resumes at
 an earlier step than the log has reached, the later lines are set aside in `log-superseded-1.jsonl` and so on.
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoints import checkpoint
+
+from .outcome import OUTCOME
 
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"
@@ -57,7 +59,8 @@ class RunDirectory:
             raise ValueError(f"training.output_dir: {self.path} is a file; choose another directory")
         if self.path.is_dir() and not self.holds_run():
             names = (item.name for item in self.path.iterdir())
-            foreign = sorted(name for name in names if name != LOCK and not name.startswith(checkpoint.TEMPORARY))
+            own = (LOCK, OUTCOME)
+            foreign = sorted(name for name in names if name not in own and not name.startswith(checkpoint.TEMPORARY))
             if foreign:
                 raise ValueError(
                     f"training.output_dir: {self.path} holds {foreign[0]} and is not a run; choose another directory"
