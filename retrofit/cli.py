@@ -283,17 +283,20 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from retrofit.recipe import load_recipe
+    from retrofit.training.guard import SignalGuard
+    from retrofit.training.outcome import Outcome
 
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)  # before torch: a wrong recipe is refused at once
-    except (ValueError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(USER_ERROR) from None  # all ranks read the same file: rank 0 says what is wrong with it
-        raise
+    with Outcome() as outcome, SignalGuard() as guard:  # before torch, whose import takes long enough for a signal
+        try:
+            recipe = load_recipe(options.recipe, options.overrides)  # before torch: refused at once
+        except (ValueError, OSError):
+            if os.environ.get("RANK", "0") != "0":
+                raise SystemExit(USER_ERROR) from None  # all ranks read the same file: rank 0 says what is wrong
+            raise
 
-    from retrofit.training.loop import train
+        from retrofit.training.loop import train
 
-    train(recipe)
+        train(recipe, outcome=outcome, guard=guard)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

@@ -58,19 +58,19 @@ class SignalGuard:
     """Notes the first signal, for the loop to act upon between steps; a second one ends the process at once.
 
     Ending at once does no harm: what is being saved has a temporary name, and every finished checkpoint is whole.
-
-    Args:
-        stop_after_minutes: age of the process at which its time is up, as if a signal came; None: no limit.
     """
 
-    def __init__(self, stop_after_minutes: float | None = None) -> None:
+    def __init__(self) -> None:
         self._signal: str | None = None
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
         self._deadline = math.inf
-        if stop_after_minutes is not None:
+
+    def stop_after(self, minutes: float | None) -> None:
+        """Sets the age of this process, from its very start, at which its time is up, as if a signal came."""
+        if minutes is not None:
             age = time.time() - psutil.Process().create_time()
-            self._deadline = time.monotonic() - age + 60 * stop_after_minutes
+            self._deadline = time.monotonic() - age + 60 * minutes
 
     @property
     def received(self) -> str | None:

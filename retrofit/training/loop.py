@@ -32,6 +32,7 @@ from .guard import NotFinite, Preempted, SignalGuard, announce, describe_diverge
 from .log import Progress, Tracker, describe_loss, open_trackers
 from .opening import COMPLETE, check_base, check_recipe, load_start, open_extras, open_run, write_preamble
 from .optimizer import build_optimizer, build_scheduler, restore_scheduler
+from .outcome import Outcome
 from .run_directory import SAMPLES, RunDirectory
 from .samples import draw_samples
 from .start import Start
@@ -40,7 +41,7 @@ HELD_OUT_SEED = 20_250_903
 """Seed of the held-out documents' t and noise, not the recipe's: runs of different seeds can be compared."""
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, *, outcome: Outcome | None = None, guard: SignalGuard | None = None) -> None:
     """Trains by a recipe, in this process or as one rank of a launched job; goes on where the run directory left off.
 
     Raises:
@@ -52,9 +53,12 @@ def train(recipe: Recipe) -> None:
     with ExitStack() as stack:
         stack.callback(engine.close)
         stack.callback(run.release)
-        guard = stack.enter_context(SignalGuard())
+        outcome = outcome or stack.enter_context(Outcome(engine.rank))
+        guard = guard or stack.enter_context(SignalGuard())
+        guard.stop_after(recipe.training.stop_after_minutes)
         engine.together(lambda: check_recipe(recipe, engine, run))
         resumed = engine.on_main(lambda: open_run(recipe, run))
+        outcome.belongs_to(run.path)
         if resumed == COMPLETE:
             if engine.is_main:
                 announce(f"{run.path} is complete at step {recipe.training.max_steps}; its weights are in {run.final}")
@@ -65,7 +69,7 @@ def train(recipe: Recipe) -> None:
         if resumed is None:
             begin.parent = engine.on_main(begin.name_parent)
         engine.on_main(lambda: check_base(begin, resumed))
-        trainer = Trainer(recipe, engine, guard, run, begin, store, held_out, tokenizer)
+        trainer = Trainer(recipe, engine, guard, outcome, run, begin, store, held_out, tokenizer)
         if resumed is not None:
             engine.together(lambda: trainer.resume(Path(resumed)))
         engine.on_main(lambda: write_preamble(recipe, run, begin, resumed))
@@ -85,6 +89,7 @@ class Trainer:
         recipe: Recipe,
         engine: Engine,
         guard: SignalGuard,
+        outcome: Outcome,
         run: RunDirectory,
         begin: Start,
         store: TokenStore,
@@ -92,6 +97,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.recipe, self.engine, self.guard, self.run, self.begin = recipe, engine, guard, run, begin
+        self.outcome = outcome
         section = recipe.training
         engine.prepare(begin.model, lambda parameters: build_optimizer(parameters, recipe.optimizer))
         self.scheduler = build_scheduler(engine.optimizer, recipe.optimizer, section.max_steps)
@@ -172,7 +178,8 @@ class Trainer:
             saved = self.save() if stop or self._is_due(section.save_steps) else False
             if stop and not is_last:
                 where = "there" if saved else "the last checkpoint that was saved"
-                self._say(f"stopped by a signal at step {self.step}; the same command goes on from {where}")
+                self.outcome.reason = f"stopped by {self.guard.received or 'a signal to another rank'}"
+                self._say(f"{self.outcome.reason} at step {self.step}; the same command goes on from {where}")
                 self._close()
                 raise Preempted
         self.finish()
@@ -226,6 +233,7 @@ class Trainer:
         if self.average is not None:
             self.average.update()
         self.step += 1
+        self.outcome.step = self.step
         self.tokens += int(all_rows)
         self.since_log.add(losses, int(all_rows), time.monotonic() - began)
         self.since_log.last = {"gradient_norm": norm, "learning_rate": rate}
@@ -256,6 +264,7 @@ class Trainer:
             self.run.append({"step": self.step + 1, "kind": "stopped", "reason": text, **losses, "gradient_norm": norm})
         else:
             text = ""
+        self.outcome.reason = text
         self._say(text)
         self._close()
         raise NotFinite
@@ -347,6 +356,7 @@ class Trainer:
         rng = self.engine.random_states() if self._has_dropout() else {}
         outcome = self.engine.on_main(lambda: self._write_checkpoint(tensors, adam_step, rng))
         if outcome == _DIVERGED:
+            self.outcome.reason = self.outcome.reason or "a weight is not finite"
             self._close()
             raise NotFinite
         return outcome == _SAVED

@@ -14,7 +14,6 @@ import os
 import time
 from pathlib import Path
 
-from retrofit.checkpoints import checkpoint
 from retrofit.credentials import mask_tokens
 
 from .guard import announce
@@ -60,7 +59,9 @@ class Outcome:
         record = {"exit_code": exit_code, "reason": mask_tokens(reason), "step": step, "time": when}
         for path in self._paths:
             try:
-                checkpoint.write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+                temporary = path.with_name(f".writing-{path.name}")
+                temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+                temporary.replace(path)
             except OSError as error:
                 announce(f"{path} could not be written ({error.strerror or error}); the run ends with {exit_code}")
 

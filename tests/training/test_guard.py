@@ -47,10 +47,15 @@ def test_a_divergence_names_step_draws_and_last_good_checkpoint(offending: list[
 
 def test_the_time_limit_counts_from_the_start_of_the_process() -> None:
     began = time.time() - psutil.Process().create_time()
-    with guard.SignalGuard(stop_after_minutes=(began + 0.5) / 60) as signals:
+    with guard.SignalGuard() as signals:
+        signals.stop_after((began + 0.5) / 60)
         assert signals.received is None
         time.sleep(0.6)
         assert signals.received == guard.TIME_LIMIT
         os.kill(os.getpid(), signal.SIGTERM)  # the first signal, not a second one
         assert signals.received == "SIGTERM"
-    assert guard.SignalGuard(stop_after_minutes=began / 120).received == guard.TIME_LIMIT
+    late = guard.SignalGuard()
+    late.stop_after(None)
+    assert late.received is None
+    late.stop_after(began / 120)
+    assert late.received == guard.TIME_LIMIT
