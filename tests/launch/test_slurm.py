@@ -238,7 +238,7 @@ def test_the_script_parses_and_asks_slurm_for_signal_and_requeue() -> None:
         assert f"#SBATCH {option}\n" in text
 
 
-def test_two_real_launchers_are_stopped_by_a_signal_and_go_on_when_requeued(
+def test_two_real_launchers_are_stopped_by_a_signal_after_saving(
     workplace: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Two "nodes" of one process each on this machine, with accelerate, torchrun and gloo as they are."""

@@ -90,7 +90,8 @@ FULL = (
 def test_a_run_has_what_it_promises(full_run: Path) -> None:
     names = {path.name for path in full_run.iterdir()}
     assert names == {
-        "recipe.yaml", "environment.json", "log.jsonl", "samples.jsonl", "checkpoints", "final", "lock.json"
+        "recipe.yaml", "environment.json", "log.jsonl", "samples.jsonl", "checkpoints", "final", "lock.json",
+        "outcome.json",
     }  # fmt: skip
     assert [path.name for path in checkpoint.steps_present(full_run / "checkpoints")] == [
         "step-00000002", "step-00000004", "step-00000006"
@@ -165,11 +166,15 @@ def test_four_micro_batches_give_the_loss_of_one_four_times_as_large(make_recipe
     assert [line["tokens"] for line in four] == [line["tokens"] for line in one]
 
 
+OURS = ("lock.json", "outcome.json")
+"""What every start writes anew."""
+
+
 def test_a_finished_run_is_left_as_it_is(make_recipe: MakeRecipe, full_run: Path, capfd: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in full_run.rglob("*") if path.name != "lock.json"}
+    before = {path: path.stat().st_mtime_ns for path in full_run.rglob("*") if path.name not in OURS}
     train(make_recipe(full_run, *FULL))
     assert "is complete at step 6" in capfd.readouterr().err
-    after = {path: path.stat().st_mtime_ns for path in full_run.rglob("*") if path.name != "lock.json"}
+    after = {path: path.stat().st_mtime_ns for path in full_run.rglob("*") if path.name not in OURS}
     assert {k: v for k, v in after.items() if k != full_run} == {k: v for k, v in before.items() if k != full_run}
 
 
