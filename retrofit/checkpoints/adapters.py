@@ -11,15 +11,16 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retrofit.flexmdm.modeling import NEW_MODULES
+
+from .weights import Files, Readers, TensorFiles, write_files
 
 HEAD = "model.transformer.ff_out"
 """The LM head's path. Each block has a linear map of the same last name, so the head is always named in full."""
@@ -95,11 +96,17 @@ def _nearest(target: str, candidates: list[str]) -> str:
 
 
 def inject(model: nn.Module, settings: AdapterSettings) -> None:
-    """Puts fresh factors on the targets (A by PEFT's Kaiming draw from the global generator, B zero), in place."""
+    """Puts fresh factors on the targets, in place.
+
+    On a model on the meta device they are there too, and nothing is drawn; otherwise A is PEFT's Kaiming draw from the
+    global generator, and B zero.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     expected = find_targets(model, settings.target_modules)
-    inject_adapter_in_model(LoraConfig(**_peft_fields(settings)), model, adapter_name=_NAME)
+    on_meta = next(model.parameters()).is_meta
+    config = LoraConfig(**_peft_fields(settings))
+    inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=on_meta)
     got = [name for name, _ in lora_layers(model)]
     if sorted(got) != sorted(expected):
         raise RuntimeError(f"PEFT adapted {len(got)} modules where {len(expected)} were meant")
@@ -153,6 +160,16 @@ def is_factor(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def plain_name(name: str) -> str:
+    """The name that the parameter has in a model without factors."""
+    return name.replace(".base_layer.", ".")
+
+
+def draw_factors(layer: nn.Module) -> None:
+    """Initialises an adapted layer's factors: PEFT's Kaiming draw from the global generator for A, zeros for B."""
+    cast(Any, layer).reset_lora_parameters(_NAME, True)
+
+
 # ------------------------------------------------------------------------------------------------------------ directory
 
 
@@ -166,21 +183,15 @@ def adapter_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if is_factor(name) or name.split(".")[0] in NEW_MODULES]
 
 
-def save_adapter(
-    directory: Path,
-    weights: Mapping[str, Tensor],
-    settings: AdapterSettings,
-    *,
-    base_model: str,
-    base_revision: str | None,
-) -> None:
-    """Writes an ordinary PEFT directory.
+def adapter_files(
+    weights: Mapping[str, Tensor], settings: AdapterSettings, *, base_model: str, base_revision: str | None
+) -> Files:
+    """The files of an ordinary PEFT directory.
 
     Args:
         weights: the model's parameter name -> tensor, of all factors and new modules (see `adapter_names`).
         base_model: local path or Hub id from which plain PEFT users load the base.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     modules_to_save = [module for module in NEW_MODULES if any(name.split(".")[0] == module for name in weights)]
     config = {
         "peft_type": "LORA",
@@ -191,9 +202,23 @@ def save_adapter(
         "modules_to_save": modules_to_save or None,
         **_peft_fields(settings),
     }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {_file_key(name): tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    return {
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: {_file_key(name): tensor for name, tensor in weights.items()},
+    }
+
+
+def save_adapter(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    *,
+    base_model: str,
+    base_revision: str | None,
+) -> None:
+    """Writes an ordinary PEFT directory (see `adapter_files`)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_files(directory, adapter_files(weights, settings, base_model=base_model, base_revision=base_revision))
 
 
 def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, str | None]:
@@ -224,8 +249,11 @@ def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, s
     return settings, config.get("base_model_name_or_path"), config.get("revision")
 
 
-def load_adapter_weights(model: nn.Module, directory: Path) -> None:
-    """Copies an adapter's tensors into a model that has its factors injected; the parameters keep their dtype.
+def adapter_readers(model: nn.Module, directory: Path) -> Readers:
+    """Readers of a model's factors and new modules from an adapter.
+
+    Args:
+        model: with its factors injected.
 
     Raises:
         ValueError: the file is not readable, or a key is unmatched, missing or misshapen (count and first names).
@@ -233,27 +261,31 @@ def load_adapter_weights(model: nn.Module, directory: Path) -> None:
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{directory}: {WEIGHTS_FILE} is missing (incomplete download?)")
-    parameters = dict(model.named_parameters())
     ours = {_file_key(name): name for name in adapter_names(model)}
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            problems = {
-                "unmatched": sorted(keys - set(ours)),
-                "missing": sorted(set(ours) - keys),
-                "misshapen": [
-                    key
-                    for key in sorted(keys & set(ours))
-                    if tuple(file.get_slice(key).get_shape()) != tuple(parameters[ours[key]].shape)
-                ],
-            }
-            if any(problems.values()):
-                raise ValueError(f"{path}: the adapter does not fit its base: {_describe(problems)}")
-            with torch.no_grad():
-                for key, name in ours.items():
-                    parameters[name].copy_(file.get_tensor(key))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); incomplete copy?") from error
+    file = TensorFiles([path])
+    keys = file.shapes.keys()
+    problems = {
+        "unmatched": sorted(keys - ours.keys()),
+        "missing": sorted(ours.keys() - keys),
+        "misshapen": [
+            key for key in sorted(keys & ours.keys()) if file.shapes[key] != model.get_parameter(ours[key]).shape
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(f"{path}: the adapter does not fit its base: {_describe(problems)}")
+    return {name: partial(file.read, key) for key, name in ours.items()}
+
+
+def load_adapter_weights(model: nn.Module, directory: Path) -> None:
+    """Copies an adapter's tensors into a model that has its factors injected; the parameters keep their dtype.
+
+    Raises:
+        ValueError: see `adapter_readers`.
+    """
+    readers = adapter_readers(model, directory)
+    with torch.no_grad():
+        for name, read in readers.items():
+            model.get_parameter(name).copy_(read())
 
 
 def _describe(problems: Mapping[str, list[str]]) -> str:
@@ -264,17 +296,39 @@ def _describe(problems: Mapping[str, list[str]]) -> str:
     return ", ".join(parts)
 
 
-def merge_into_base(model: nn.Module) -> None:
-    """Adds every factor product to its base weight and removes the factors, in place: W + lora_alpha / r * B @ A.
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + lora_alpha / r * B @ A, taken in float32 and rounded once to W's dtype."""
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
 
-    The sum is taken in float32 and rounded once to the weight's dtype.
+
+def merged_readers(model: nn.Module, readers: Readers) -> Readers:
+    """Readers, by plain names, of what `merge_into_base` would make of an adapted model.
+
+    Args:
+        readers: by plain names; of the factors by theirs.
+    """
+
+    def merge(name: str, dtype: torch.dtype, scaling: float) -> Tensor:
+        a, b = (readers[f"{name}.{factor}.{_NAME}.weight"]() for factor in ("lora_A", "lora_B"))
+        return merged(readers[f"{name}.weight"]().to(dtype), a, b, scaling)
+
+    kept = {name: read for name, read in readers.items() if not is_factor(name)}
+    return kept | {
+        f"{name}.weight": partial(merge, name, layer.get_base_layer().weight.dtype, layer.scaling[_NAME])
+        for name, layer in lora_layers(model)
+    }
+
+
+def merge_into_base(model: nn.Module) -> None:
+    """Adds every factor product to its base weight (see `merged`) and removes the factors, in place.
+
+    On the meta device only the shape of the model changes.
     """
     for name, layer in list(lora_layers(model)):
         base = layer.get_base_layer()
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
         with torch.no_grad():
-            merged = base.weight.float() + layer.scaling[_NAME] * (b.float() @ a.float())
-            base.weight.copy_(merged)
+            base.weight.copy_(merged(base.weight, a, b, layer.scaling[_NAME]))
         base.weight.requires_grad_(True)
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = base  # a ModuleDict's children are no attributes

@@ -19,8 +19,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils.logging import disable_progress_bar
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
+from retrofit.flexmdm.modeling import NEW_MODULES
 
-from . import adapters, checkpoint
+from . import adapters, checkpoint, weights
+from .weights import Readers
 
 Kind = Literal["full", "adapter"]
 
@@ -154,12 +156,56 @@ def load_source(source: Source, *, dtype: torch.dtype | str | None = None) -> An
         adapters.inject(model, settings)
         adapters.select_trainable(model)
         adapters.load_adapter_weights(model, source.adapter)
-        _verify(source.directory)
+        verify_files(source.directory)
     return model
 
 
-def _verify(directory: Path) -> None:
-    """Refuses files that differ from the directory's manifest, if it has one. After loading, whose errors say more."""
+def build(source: Source, config: LLaDAConfig, *, dtype: torch.dtype, verify: bool = True) -> tuple[Any, Readers]:
+    """The model of a source on the meta device, and where its weights are to be had.
+
+    An adapter's factors are injected. Names, shapes and manifests are checked here, so that reading finds no surprise.
+
+    Args:
+        config: the source's own, or a FlexMDM's for a plain LLaDA: then its new modules get no readers.
+        dtype: of the weights; factors and new modules of an adapter are float32 always.
+        verify: False where somebody else compares the files with the manifests (see `verify_files`).
+
+    Returns:
+        the model in evaluation mode, and readers by plain names, of the factors by theirs (see
+        `adapters.plain_name`).
+
+    Raises:
+        ValueError: the files are missing, not readable, damaged, or do not fit together.
+    """
+    with torch.device("meta"):
+        model = _class_of(config)(config).to(dtype).eval()
+    full = source if source.adapter is None else base_of(source)
+    theirs = model_config(full)
+    if isinstance(theirs, FlexMDMConfig) and not isinstance(config, FlexMDMConfig):
+        raise ValueError(f"{full.directory}: is a FlexMDM, and {source.directory} says that its base is a plain LLaDA")
+    fresh = () if isinstance(theirs, FlexMDMConfig) or not isinstance(config, FlexMDMConfig) else NEW_MODULES
+    readers = weights.full_readers(model, full.directory, fresh)
+    if verify:
+        verify_files(full.directory)
+    if source.adapter is not None:
+        settings, _, _ = adapters.read_adapter_config(source.adapter)
+        adapters.inject(model, settings)
+        adapters.select_trainable(model)
+        readers |= adapters.adapter_readers(model, source.adapter)
+        if verify:
+            verify_files(source.directory)
+    return model, readers
+
+
+def _class_of(config: LLaDAConfig) -> type[LLaDAForMaskedDiffusion] | type[FlexMDMForMaskedDiffusion]:
+    return FlexMDMForMaskedDiffusion if isinstance(config, FlexMDMConfig) else LLaDAForMaskedDiffusion
+
+
+def verify_files(directory: Path) -> None:
+    """Refuses files that differ from the directory's manifest, if it has one (ValueError).
+
+    To be called when names and shapes have been found to fit: those errors say more.
+    """
     if (directory / checkpoint.MANIFEST).is_file():
         problem = checkpoint.find_problem(directory, only=lambda name: "training_state" not in name)
         if problem:
@@ -168,8 +214,7 @@ def _verify(directory: Path) -> None:
 
 def load_full(directory: Path, config: LLaDAConfig, *, dtype: torch.dtype | str | None = None) -> Any:
     """Loads full weights as the class of `config`; a plain LLaDA under a FlexMDM's config gets fresh new modules."""
-    model_class = FlexMDMForMaskedDiffusion if isinstance(config, FlexMDMConfig) else LLaDAForMaskedDiffusion
-    return load_pretrained(model_class, directory, config=config, dtype="auto" if dtype is None else dtype)
+    return load_pretrained(_class_of(config), directory, config=config, dtype="auto" if dtype is None else dtype)
 
 
 def load_pretrained(model_class: type, directory: Path, **arguments: Any) -> Any:
@@ -184,7 +229,7 @@ def load_pretrained(model_class: type, directory: Path, **arguments: Any) -> Any
         model = model_class.from_pretrained(directory, **arguments)  # type: ignore[attr-defined]
     except SafetensorError as error:
         raise ValueError(f"{directory}: the weights are not readable ({error}); incomplete download?") from error
-    _verify(directory)
+    verify_files(directory)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

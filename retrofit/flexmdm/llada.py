@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -211,19 +211,13 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         with _without_load_report():
             model, info = super().from_pretrained(path, config=config, **kwargs)
         new = {name for name in model.state_dict() if name.split(".")[0] in fresh}
-        problems = {
-            "missing": sorted(set(info["missing_keys"]) - new),
-            "surplus": sorted({*info["unexpected_keys"], *(new - set(info["missing_keys"]))}),
-            "misshapen": sorted(
-                f"{key} {list(ours)} for {list(theirs)}" for key, ours, theirs in info["mismatched_keys"]
-            ),
-        }
-        for kind, names in problems.items():
-            if names:
-                raise ValueError(
-                    f"{path}: {len(names)} {kind} tensors for {cls.__name__}: {', '.join(names[:4])}"
-                    f"{' ...' if len(names) > 4 else ''}; the weights do not belong to this config.json"
-                )
+        refuse_misfits(
+            path,
+            cls.__name__,
+            missing=set(info["missing_keys"]) - new,
+            surplus={*info["unexpected_keys"], *(new - set(info["missing_keys"]))},
+            misshapen=[f"{key} {list(theirs)} for {list(ours)}" for key, theirs, ours in info["mismatched_keys"]],
+        )
         return (model, info) if wants_info else model
 
 
@@ -236,6 +230,31 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def refuse_misfits(
+    path: str | os.PathLike[str],
+    model_class: str,
+    *,
+    missing: Iterable[str],
+    surplus: Iterable[str],
+    misshapen: Iterable[str],
+) -> None:
+    """Refuses weights whose tensors are not those of the model.
+
+    Args:
+        misshapen: `name [shape in the file] for [shape in the model]`.
+
+    Raises:
+        ValueError: any of the three has an entry (how many, and the first names).
+    """
+    for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+        listed = sorted(names)
+        if listed:
+            raise ValueError(
+                f"{path}: {len(listed)} {kind} tensors for {model_class}: {', '.join(listed[:4])}"
+                f"{' ...' if len(listed) > 4 else ''}; the weights do not belong to this config.json"
+            )
 
 
 def read_config(path: str | os.PathLike[str], arguments: dict[str, Any]) -> dict[str, Any]:

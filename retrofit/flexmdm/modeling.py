@@ -160,10 +160,7 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         if flexmdm_config and not retrofit:
             raise ValueError(f"{path}: is a FlexMDM already; its config.json says what flexmdm_config would")
         if config is None and retrofit:
-            base = LLaDAConfig.from_dict(config_dict).to_dict()
-            for name in ("model_type", "architectures", "transformers_version", "auto_map"):
-                base.pop(name, None)  # of the base, not of what it becomes
-            config = FlexMDMConfig(**{**base, **(flexmdm_config or {})})
+            config = retrofitted(LLaDAConfig.from_dict(config_dict), **(flexmdm_config or {}))
         config = config or FlexMDMConfig.from_dict(config_dict)
         return cls._load_strictly(path, config, NEW_MODULES if retrofit else (), **kwargs)
 
@@ -238,6 +235,14 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         from .sampling import Prompt, sample_flexmdm
 
         return sample_flexmdm(self, [Prompt([])] if prompts is None else prompts, **settings)
+
+
+def retrofitted(config: LLaDAConfig, **fields: Any) -> FlexMDMConfig:
+    """The configuration of a FlexMDM made of a plain LLaDA; `fields` are those that differ from their defaults."""
+    base = config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        base.pop(name, None)  # of the base, not of what it becomes
+    return FlexMDMConfig(**{**base, **fields})
 
 
 def add_slots(

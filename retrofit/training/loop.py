@@ -65,6 +65,7 @@ def train(recipe: Recipe, *, outcome: Outcome | None = None, guard: SignalGuard 
             return
         store = engine.together(lambda: TokenStore.open(recipe.data.path, "train"))
         begin = engine.together(lambda: load_start(recipe, store, resumed))
+        engine.together(begin.load_all)
         held_out, tokenizer = engine.together(lambda: open_extras(recipe, begin))
         if resumed is None:
             begin.parent = engine.on_main(begin.name_parent)

@@ -7,21 +7,33 @@ adapter has a base to name.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrofit.checkpoints import adapters, checkpoint, loading
 from retrofit.checkpoints.adapters import AdapterSettings
 from retrofit.checkpoints.loading import Source
+from retrofit.checkpoints.weights import (
+    INDEX_FILE,
+    Files,
+    Readers,
+    Weights,
+    fresh_reader,
+    index,
+    materialise,
+    shard_name,
+    share_of,
+    write_files,
+    write_weights,
+)
 from retrofit.data.store import TokenStore
-from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig
+from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
+from retrofit.flexmdm.modeling import retrofitted
 from retrofit.flexmdm.schedules import schedule_from_dict
 from retrofit.sections import FLEXMDM_FIELDS, Recipe, default_of
 
@@ -34,21 +46,23 @@ _SCHEDULES = ("insertion_schedule", "unmasking_schedule")
 
 @dataclass
 class Start:
-    """A model ready to be trained.
+    """A model ready to be trained, its weights not read yet.
 
     Attributes:
-        model: frozen weights in `dtype`, trainable ones in float32.
+        model: on the meta device, frozen weights in `dtype`, trainable ones in float32.
+        weights: of the model's parameters.
         dtype: of frozen weights, and of full weights where they are written.
         adapter: the factors' shape, or None if all weights are trained.
         base: what an adapter names as its base: (path or Hub id, revision).
-        merged_base: whether `base` is still to be written by `write_merged_base`.
+        merged_base: what `write_merged_base` is still to write to `base`.
         tokenizer_files: name -> bytes. Held in memory: where they came from may be a checkpoint that is rotated away.
-        source: what the weights were loaded from.
+        source: what the weights are read from.
         parent: name, kind and digest of what the run started from (see `name_parent`).
         base_digest: of the frozen weights under an adapter (see `digest_base`).
     """
 
     model: Any
+    weights: Weights
     dtype: torch.dtype
     adapter: AdapterSettings | None
     base: tuple[str, str | None]
@@ -56,7 +70,18 @@ class Start:
     source: Source
     parent: dict[str, str] = field(default_factory=dict)
     base_digest: str | None = None
-    merged_base: dict[str, Tensor] | None = None
+    merged_base: Weights | None = None
+
+    def __post_init__(self) -> None:
+        self._trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def read(self, name: str) -> Tensor:
+        """The values that the model's parameter starts with (see `Weights.read`)."""
+        return self.weights.read(name)
+
+    def load_all(self) -> None:
+        """Fills the model, on the CPU."""
+        materialise(self.model, self.read)
 
     def digest_base(self) -> None:
         """Takes the digest of the frozen weights under an adapter, which a resumed run must find again."""
@@ -67,36 +92,64 @@ class Start:
         """What a new run records of its parent. Hashes the weights where nothing else stands for them."""
         return {"name": self.source.name, "kind": self.source.kind, "digest": self.source.digest()}
 
+    def shares(self, world_size: int) -> dict[str, int]:
+        """Trainable parameter's name -> the rank that writes it, weights and training state alike."""
+        return share_of({name: self.weights.sizes[name] for name in self._trainable}, world_size)
+
+    def files(self, values: Mapping[str, Tensor], rank: int = 0, world_size: int = 1) -> Files:
+        """The files by which a checkpoint loads by itself, as far as this rank writes them.
+
+        Full weights are one file or, from several ranks, one shard a rank with an index. An adapter is one file, which
+        rank 0 writes. config.json, the tokenizer and the index are rank 0's.
+
+        Args:
+            values: trainable parameter's name -> its whole tensor: for full weights those that are this rank's by
+                `shares`; for an adapter all of them, on rank 0.
+        """
+        files: Files = self._small_files() if rank == 0 else {}
+        if self.adapter is not None:
+            if rank == 0:
+                base_model, base_revision = self.base
+                written = adapters.adapter_files(
+                    values, self.adapter, base_model=base_model, base_revision=base_revision
+                )
+                files |= {f"adapter/{name}": content for name, content in written.items()}
+                files["adapter/config.json"] = files["config.json"]
+            return files
+        shares = self.shares(world_size)
+        if values.keys() != {name for name, owner in shares.items() if owner == rank}:
+            raise RuntimeError(f"rank {rank} was given other tensors than its share")
+        if values:
+            files[shard_name(rank + 1, world_size)] = {name: tensor.to(self.dtype) for name, tensor in values.items()}
+        if rank == 0 and world_size > 1:
+            total = sum(self.weights.sizes.values()) // torch.float32.itemsize * self.dtype.itemsize
+            files[INDEX_FILE] = index(
+                {name: shard_name(owner + 1, world_size) for name, owner in shares.items()}, total
+            )
+        return files
+
     def write_weights(self, directory: Path, values: Mapping[str, Tensor]) -> None:
         """Writes what loads by itself: config.json, the tokenizer, and full weights or an adapter.
 
         Args:
             values: trainable parameter's name -> tensor, of all of them.
         """
-        _write_config(self.model.config, type(self.model), self.dtype, directory)
-        if self.adapter is None:
-            _save_full(directory, {name: tensor.to(self.dtype) for name, tensor in values.items()})
-        else:
-            base_model, base_revision = self.base
-            adapters.save_adapter(
-                directory / "adapter", values, self.adapter, base_model=base_model, base_revision=base_revision
-            )
-            shutil.copyfile(directory / "config.json", directory / "adapter" / "config.json")
-        self._write_tokenizer(directory)
+        write_files(directory, self.files(values))
 
-    def _write_tokenizer(self, directory: Path) -> None:
-        for name, content in self.tokenizer_files.items():
-            (directory / name).write_bytes(content)
+    def _small_files(self) -> Files:
+        config = self.model.config
+        config.architectures = [type(self.model).__name__]
+        config.dtype = self.dtype
+        return {"config.json": config.to_json_string(use_diff=True).encode(), **self.tokenizer_files}
 
     def write_merged_base(self) -> None:
-        """Writes the base that was merged for this run, and lets go of it."""
+        """Writes the base that was merged for this run, a shard at a time, and lets go of it."""
         if self.merged_base is not None:
-            tensors = self.merged_base
+            merged = self.merged_base
 
             def write(directory: Path) -> None:
-                _write_config(self.model.config, type(self.model), self.dtype, directory)
-                _save_full(directory, tensors)
-                self._write_tokenizer(directory)
+                write_files(directory, self._small_files())
+                write_weights(directory, merged)
 
             checkpoint.write_directory(Path(self.base[0]), write)
             self.merged_base = None
@@ -110,22 +163,17 @@ class Start:
         return f"{type(self.model).__name__} from {self.source.name}: {share}"
 
 
-def _write_config(config: LLaDAConfig, model_class: type, dtype: torch.dtype, directory: Path) -> None:
-    config.architectures = [model_class.__name__]
-    config.dtype = dtype
-    config.save_pretrained(directory)
-
-
-def _save_full(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(cpu, directory / "model.safetensors", metadata={"format": "pt"})
-
-
 # ------------------------------------------------------------------------------------------------------------ new stage
 
 
-def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
-    """Builds the model of step 0. Everything drawn is drawn from torch's generator, seeded here by the recipe's seed.
+def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> Start:
+    """Builds the model of step 0 on the meta device.
+
+    What no file holds (factors, and the new modules of what was a plain LLaDA) is fresh: a function of the recipe's
+    seed and the parameter's name.
+
+    Args:
+        verify: False where the files are compared with their manifests elsewhere.
 
     Raises:
         ValueError: init_from cannot be loaded or contradicts the recipe or the data (which field, and how to mend it).
@@ -138,45 +186,34 @@ def from_recipe(recipe: Recipe, store: TokenStore) -> Start:
     store.check_fits(config, window=recipe.objective.window)
     _check_tokenizer(store, source)
     dtype = _DTYPES[recipe.model.dtype]
-    loaded = dtype if recipe.lora is not None else torch.float32
-    torch.manual_seed(recipe.training.seed)
     if recipe.objective.name == "flexmdm" and not isinstance(config, FlexMDMConfig):
-        model = _retrofit(recipe, store, source, loaded)
+        config = _retrofitted(recipe, store, source, config)
     else:
         _check_agreement(recipe, config)
-        model = loading.load_source(source, dtype=loaded)
-    start = Start(model, dtype, None, (source.name, source.revision), loading.tokenizer_files(source), source)
-    if source.kind == "adapter":
-        start = _continue_adapter(start, recipe, source)
-    if recipe.lora is not None and not adapters.is_adapted(model):
-        settings = _settings(recipe)
-        torch.manual_seed(recipe.training.seed)
-        adapters.inject(model, settings)
-        start.adapter = settings
-    adapters.select_trainable(model)
-    _set_gradient_checkpointing(model, recipe)
-    return start
+    loaded = dtype if recipe.lora is not None else torch.float32
+    model, readers = loading.build(source, config, dtype=loaded, verify=verify)
+    adapter, base, merged_base = None, (source.name, source.revision), None
+    if source.adapter is not None and recipe.model.merge_first:
+        readers = adapters.merged_readers(model, readers)
+        adapters.merge_into_base(model)
+        if recipe.lora is not None:
+            base = (str((Path(recipe.training.output_dir) / BASE).resolve()), None)
+            merged_base = Weights(model, readers)
+    elif source.adapter is not None:
+        full = loading.base_of(source)
+        adapter, base = _settings(recipe), (full.name, full.revision)
+        for _, layer in adapters.lora_layers(model):
+            adapters.set_dropout(layer, adapter.lora_dropout)
+    if recipe.lora is not None and adapter is None:
+        adapter = _settings(recipe)
+        adapters.inject(model, adapter)
+    _finish(model, recipe)
+    weights = Weights(model, _by_name(model, readers, recipe.training.seed))
+    return Start(model, weights, dtype, adapter, base, loading.tokenizer_files(source), source, merged_base=merged_base)
 
 
-def _continue_adapter(start: Start, recipe: Recipe, source: Source) -> Start:
-    """The parent's factors, continued with the recipe's dropout or merged into the weights."""
-    if not recipe.model.merge_first:
-        settings = _settings(recipe)
-        for _, layer in adapters.lora_layers(start.model):
-            adapters.set_dropout(layer, settings.lora_dropout)
-        base = loading.base_of(source)
-        return replace(start, adapter=settings, base=(base.name, base.revision))
-    adapters.merge_into_base(start.model)
-    if recipe.lora is None:
-        return start
-    base_path = str((Path(recipe.training.output_dir) / BASE).resolve())
-    # Not copied: these tensors stay as they are until training begins, and the base is written before.
-    merged = {name: parameter.detach() for name, parameter in start.model.named_parameters()}
-    return replace(start, base=(base_path, None), merged_base=merged)
-
-
-def _retrofit(recipe: Recipe, store: TokenStore, source: Source, dtype: torch.dtype) -> nn.Module:
-    """A FlexMDM made of a plain LLaDA; its new modules are fresh and start at the data's best function of t."""
+def _retrofitted(recipe: Recipe, store: TokenStore, source: Source, config: LLaDAConfig) -> FlexMDMConfig:
+    """The configuration of a FlexMDM made of a plain LLaDA; it starts at the data's best function of t."""
     if source.kind == "adapter":
         raise ValueError(
             f"model.init_from: {source.directory} is an adapter of a plain LLaDA; merge it before it becomes a FlexMDM"
@@ -188,22 +225,37 @@ def _retrofit(recipe: Recipe, store: TokenStore, source: Source, dtype: torch.dt
     fields["base_revision"] = source.revision
     if loading.tokenizer_directory(source) is not None:
         tokenizer = loading.load_tokenizer(source)
-        fields["banned_token_ids"] = loading.unwritable_token_ids(tokenizer, loading.model_config(source).vocab_size)
-    model: nn.Module = loading.load_pretrained(
-        FlexMDMForMaskedDiffusion, source.directory, flexmdm_config=fields, dtype=dtype
-    )
-    return model
+        fields["banned_token_ids"] = loading.unwritable_token_ids(tokenizer, config.vocab_size)
+    return retrofitted(config, **fields)
+
+
+def _finish(model: Any, recipe: Recipe) -> None:
+    adapters.select_trainable(model)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+
+def _by_name(model: Any, readers: Readers, seed: int) -> Readers:
+    """A reader for each of the model's parameters; those that no file holds are drawn."""
+    layers = dict(adapters.lora_layers(model))
+    named: Readers = {}
+    for name, _ in model.named_parameters():
+        plain = adapters.plain_name(name)
+        if plain in readers:
+            named[name] = readers[plain]
+        elif adapters.is_factor(name):
+            path = name.partition(".lora_")[0]
+            named[name] = fresh_reader(layers[path], name.removeprefix(f"{path}."), name, seed, adapters.draw_factors)
+        else:
+            path, _, last = name.rpartition(".")
+            named[name] = fresh_reader(model.get_submodule(path), last, name, seed, model._init_weights)
+    return named
 
 
 def _settings(recipe: Recipe) -> AdapterSettings:
     assert recipe.lora is not None
     lora = recipe.lora
     return AdapterSettings(lora.r, lora.lora_alpha, lora.lora_dropout, tuple(lora.target_modules))
-
-
-def _set_gradient_checkpointing(model: Any, recipe: Recipe) -> None:
-    if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
 
 
 def _check_objective(recipe: Recipe, config: LLaDAConfig) -> None:
@@ -271,22 +323,36 @@ def _check_agreement(recipe: Recipe, config: LLaDAConfig) -> None:
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-def from_checkpoint(recipe: Recipe, directory: Path, record: Mapping[str, Any], store: TokenStore) -> Start:
-    """Builds the model of a checkpoint of this run; its trainable weights come from the training state afterwards."""
+def from_checkpoint(
+    recipe: Recipe, directory: Path, record: Mapping[str, Any], store: TokenStore, *, verify: bool = True
+) -> Start:
+    """Builds the model of a checkpoint of this run on the meta device.
+
+    Frozen weights are read from the base. Trainable ones are what the checkpoint loads by itself with, rounded or
+    averaged as the case may be; their masters come from the training state afterwards.
+
+    Args:
+        verify: False where the files are compared with their manifests elsewhere.
+
+    Raises:
+        ValueError: the checkpoint or its base cannot be loaded, or does not fit the data.
+    """
     source = loading.resolve(directory)
     config = loading.model_config(source)
     store.check_fits(config, window=recipe.objective.window)
     _check_tokenizer(store, source)
     dtype = _DTYPES[recipe.model.dtype]
-    model = loading.load_source(source, dtype=dtype if recipe.lora is not None else torch.float32)
+    loaded = dtype if recipe.lora is not None else torch.float32
+    model, readers = loading.build(source, config, dtype=loaded, verify=verify)
     adapter, base = None, (source.name, source.revision)
     if source.kind == "adapter":
         adapter = _settings(recipe)
         full = loading.base_of(source)
         base = (full.name, full.revision)
-    adapters.select_trainable(model)
-    _set_gradient_checkpointing(model, recipe)
-    return Start(model, dtype, adapter, base, loading.tokenizer_files(source), source, dict(record["parent"]))
+    _finish(model, recipe)
+    named = {name: readers[adapters.plain_name(name)] for name, _ in model.named_parameters()}
+    files = loading.tokenizer_files(source)
+    return Start(model, Weights(model, named), dtype, adapter, base, files, source, dict(record["parent"]))
 
 
 FREE_FIELDS = frozenset(

@@ -325,7 +325,9 @@ def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_
     options = ("--training.max_steps=1", "--optimizer.max_grad_norm=0.01", "--optimizer.weight_decay=0")
     recipe = make_recipe(tmp_path / "run", *options)
     store = TokenStore.open(recipe.data.path, "train")
-    model = start.from_recipe(recipe, store).model
+    begin = start.from_recipe(recipe, store)
+    begin.load_all()
+    model = begin.model
     objective = build_objective(recipe, model.config, recipe.training.seed)
     stream = StepStream(
         store, objective, seed=0, documents_per_step=8, time_strata=8, max_tokens_per_device=10_000, max_steps=1
