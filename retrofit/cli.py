@@ -278,7 +278,20 @@ def _preprocess(options: argparse.Namespace) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file")
     parser.add_argument("-h", "--help", action=_TrainHelp, nargs=0, help="show this help and the fields of a recipe")
-    parser.usage = "retrofit train RECIPE [--section.field VALUE ...] [--debug]"
+    parser.add_argument(
+        "--resume_from", metavar="PATH", help="run, checkpoint or bare step to go on from (default: newest good one)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew; what the run directory holds is moved aside")
+    parser.add_argument(
+        "--override",
+        metavar="FIELD",
+        action="append",
+        default=[],
+        help="go on although section.field differs from the run's; recorded; may be repeated",
+    )
+    parser.usage = (
+        "retrofit train RECIPE [--section.field VALUE ...] [--resume_from PATH | --fresh] [--override FIELD] [--debug]"
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -295,8 +308,10 @@ def _train(options: argparse.Namespace) -> None:
             raise
 
         from retrofit.training.loop import train
+        from retrofit.training.opening import Request
 
-        train(recipe, outcome=outcome, guard=guard)
+        request = Request(options.resume_from, options.fresh, tuple(options.override))
+        train(recipe, request, outcome=outcome, guard=guard)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

@@ -5,30 +5,34 @@ SHA-256 and its own digest comes last, and one rename gives the directory its na
 "latest" is the newest good one, whatever its time of modification. Nothing is pickled.
 
 Layout of `step-00001000/`: weights that load by themselves (`model.safetensors` or `adapter/`, with `config.json` and
-the tokenizer's files), `training_state.safetensors` (float32 `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` and
-`ema/<name>`), `training_state.json` and, with dropout, `rng.safetensors`.
+the tokenizer's files), `training_state-00001-of-00004.safetensors`, one of each rank that wrote it (float32
+`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` and `ema/<name>`), `training_state.json` and, with dropout,
+`rng.safetensors`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from .weights import TensorFiles, share_of
+
 MANIFEST = "manifest.json"
-STATE_TENSORS = "training_state.safetensors"
 STATE_RECORD = "training_state.json"
 RNG_TENSORS = "rng.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
 TEMPORARY = ".writing-"  # .writing-step-00001000
@@ -45,6 +49,13 @@ def step_of(directory: Path) -> int | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
+
+
+class Entry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> str:
@@ -66,13 +77,12 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> str:
     try:
         temporary.mkdir()
         write(temporary)
-        digest = _write_manifest(temporary)
-        for folder in sorted({path.parent for path in temporary.rglob("*")} | {temporary}):
-            _sync(folder)
-        if directory.exists():
-            _move_aside(directory)
-        temporary.rename(directory)
-        _sync(directory.parent)
+        entries: dict[str, Entry] = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            sync(path)
+            name = path.relative_to(temporary).as_posix()
+            entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        digest = commit(temporary, directory, entries)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # safetensors hides the OSError of a full disk in its own error
@@ -84,15 +94,25 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> str:
     return digest
 
 
-def _write_manifest(directory: Path) -> str:
-    files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        _sync(path)
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    record: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": files}
+def commit(
+    temporary: Path, directory: Path, entries: Mapping[str, Entry], before_rename: Callable[[], None] = lambda: None
+) -> str:
+    """Writes the manifest of a temporary directory, whose files are on disk already, and gives it its name.
+
+    Returns:
+        the manifest's digest.
+    """
+    record: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": dict(sorted(entries.items()))}
     record["digest"] = digest_of(record)
-    (directory / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _sync(directory / MANIFEST)
+    (temporary / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sync(temporary / MANIFEST)
+    for folder in sorted({path.parent for path in temporary.rglob("*")} | {temporary}):
+        sync(folder)
+    before_rename()
+    if directory.exists():
+        move_aside(directory, "broken")
+    temporary.rename(directory)
+    sync(directory.parent)
     return str(record["digest"])
 
 
@@ -111,7 +131,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flushes a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -120,20 +140,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_aside(directory: Path) -> None:
+def move_aside(path: Path, why: str) -> Path:
+    """Renames to `<why>-N-<name>` beside it, with the first N that is free; returns the new path."""
     number = 1
-    while (aside := directory.with_name(f"broken-{number}-{directory.name}")).exists():
+    while (aside := path.with_name(f"{why}-{number}-{path.name}")).exists():
         number += 1
-    directory.rename(aside)
+    path.rename(aside)
+    return aside
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes one small file that is whole or as it was before."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying
@@ -153,6 +175,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is not readable") from error
     if stated != digest_of(record):
         raise ValueError(f"{MANIFEST} was changed since it was written")
+    if record.get("format_version") != FORMAT_VERSION:
+        version = record.get("format_version")
+        raise ValueError(f"{MANIFEST} has format {version}; this version of retrofit reads format {FORMAT_VERSION}")
     return dict(record)
 
 
@@ -197,17 +222,70 @@ def latest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, passed_over
 
 
-def rotate(checkpoints: Path, keep: int, newest: Path) -> None:
+def shares(directory: Path, world_size: int) -> list[set[str]]:
+    """The names of a checkpoint's files, shared out over ranks by bytes, for each to verify its own.
+
+    Where the manifest is not readable the shares are empty: `find_problem` says so on every rank.
+    """
+    try:
+        files = read_manifest(directory)["files"]
+    except (ValueError, OSError):
+        return [set() for _ in range(world_size)]
+    ranks = share_of({name: entry["bytes"] for name, entry in files.items()}, world_size)
+    return [{name for name, rank in ranks.items() if rank == mine} for mine in range(world_size)]
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """While it lasts, no run rotates the checkpoint away. Does nothing where there is no manifest to lock."""
+    try:
+        descriptor = os.open(directory / MANIFEST, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def rotate(
+    checkpoints: Path, keep: int, newest: Path, every: int | None = None, before: Callable[[Path], None] | None = None
+) -> None:
     """Deletes the oldest checkpoints beyond `keep`. To be called once `newest` has verified, which is never deleted.
 
-    Directories that do not verify are left alone and not counted: they are evidence, and deleting is final.
+    Directories that do not verify are left alone and not counted: they are evidence, and deleting is final. One that
+    somebody reads (see `reading`) stays until the next time.
+
+    Args:
+        every: checkpoints of steps that are multiples of it are kept for good and not counted.
+        before: called with each directory that is about to be deleted.
     """
-    good = [path for path in steps_present(checkpoints) if (path / MANIFEST).is_file() and path != newest]
+    kept = [path for path in steps_present(checkpoints) if every and (step_of(path) or 0) % every == 0]
+    good = [path for path in steps_present(checkpoints) if (path / MANIFEST).is_file() and path not in (newest, *kept)]
     for directory in good[: max(0, len(good) + 1 - keep)]:
-        if find_problem(directory, only=lambda name: False) is None:
+        if find_problem(directory, only=lambda name: False) is None and _is_free(directory):
+            if before is not None:
+                before(directory)
             # The manifest goes first, so that a deletion cut short leaves nothing that could be taken for good.
             (directory / MANIFEST).unlink()
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_free(directory: Path) -> bool:
+    """Whether nobody reads it."""
+    descriptor = os.open(directory / MANIFEST, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def remove_temporaries(checkpoints: Path) -> None:
@@ -223,18 +301,18 @@ def remove_temporaries(checkpoints: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- training state
 
 
-def write_state(directory: Path, tensors: dict[str, Tensor], record: dict[str, Any], rng: dict[str, Tensor]) -> None:
-    """Writes the training state into a checkpoint that is being written."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / STATE_TENSORS)
-    (directory / STATE_RECORD).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if rng:
-        save_file(rng, directory / RNG_TENSORS)
+def state_file(rank: int, world_size: int) -> str:
+    """`training_state-00001-of-00004.safetensors` for rank 0 of 4."""
+    return f"training_state-{rank + 1:05d}-of-{world_size:05d}.safetensors"
 
 
-def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """(tensors, record, generator states) of a checkpoint."""
+def open_state(directory: Path) -> tuple[TensorFiles, dict[str, Any], dict[str, Tensor]]:
+    """(tensors, record, generator states) of a checkpoint; the tensors are read when they are asked for."""
+    record = read_record(directory)
+    world_size = record["world_size"]
+    tensors = TensorFiles([directory / state_file(rank, world_size) for rank in range(world_size)])
     rng = load_file(directory / RNG_TENSORS) if (directory / RNG_TENSORS).is_file() else {}
-    return load_file(directory / STATE_TENSORS), read_record(directory), rng
+    return tensors, record, rng
 
 
 def read_record(directory: Path) -> dict[str, Any]:

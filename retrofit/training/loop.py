@@ -1,14 +1,21 @@
 """The training loop, to be read from top to bottom: `train` opens the run, `Trainer.train` takes the steps.
 
 Order within a step: micro-batches forward and backward; loss, norm and signals agreed by all ranks; update; average;
-log; held-out loss; samples; checkpoint. So whatever a checkpoint holds is in the log already.
+log; held-out loss; samples; checkpoint. So whatever a checkpoint holds is in the log already. Only a signal puts the
+checkpoint first: the measurements that are due then are made when the run goes on.
+
+Points of the probe: "start", "batch", "forward", "backward" (subject: the micro-batch), "agree", "update", "updated",
+"evaluate", "sample", "save", and those of `checkpoints.saving`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from contextlib import ExitStack, nullcontext, suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,56 +31,118 @@ from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
+from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
 
-from .ema import Average
-from .engine import Engine
-from .guard import NotFinite, Preempted, SignalGuard, announce, describe_divergence, ignore_signals
+from .engines import make_engine
+from .engines.base import Engine
+from .guard import (
+    EXIT_HANGING,
+    NotFinite,
+    Preempted,
+    SignalGuard,
+    announce,
+    describe_divergence,
+    ignore_signals,
+)
+from .keeper import Keeper, NotFiniteError
 from .log import Progress, Tracker, describe_loss, open_trackers
-from .opening import COMPLETE, check_base, check_recipe, load_start, open_extras, open_run, write_preamble
-from .optimizer import build_optimizer, build_scheduler, restore_scheduler
+from .opening import (
+    Request,
+    check_base,
+    check_recipe,
+    load_start,
+    open_extras,
+    open_run,
+    take_directory,
+    write_preamble,
+)
+from .optimizer import build_optimizer, build_scheduler, decayed_names, restore_scheduler
 from .outcome import Outcome
+from .processes import Processes
+from .random_state import random_states, restore_random_states
 from .run_directory import SAMPLES, RunDirectory
 from .samples import draw_samples
 from .start import Start
+from .watch import Watch, launch_store
 
 HELD_OUT_SEED = 20_250_903
 """Seed of the held-out documents' t and noise, not the recipe's: runs of different seeds can be compared."""
 
 
-def train(recipe: Recipe, *, outcome: Outcome | None = None, guard: SignalGuard | None = None) -> None:
+def train(
+    recipe: Recipe,
+    request: Request | None = None,
+    *,
+    outcome: Outcome | None = None,
+    guard: SignalGuard | None = None,
+    probe: Probe = no_probe,
+) -> None:
     """Trains by a recipe, in this process or as one rank of a launched job; goes on where the run directory left off.
+
+    Args:
+        request: from where to go on, if not from the newest good checkpoint.
+        probe: called at the points that the module names.
 
     Raises:
         ValueError: the recipe, the data, the starting weights or the run directory do not fit together.
         SystemExit: with the codes that `guard` documents.
     """
-    engine = Engine(bf16=recipe.training.bf16)
-    run = RunDirectory(Path(recipe.training.output_dir))
+    section = recipe.training
+    request = request or Request()
+    patience = 60 * max(section.step_timeout_minutes, section.start_timeout_minutes)
+    # A collective that gives up before the watch does would hide which rank hangs.
+    processes = Processes(bf16=section.bf16, time_out=60 + 2 * patience)
+    run = RunDirectory(Path(section.output_dir))
     with ExitStack() as stack:
-        stack.callback(engine.close)
+        stack.callback(processes.close)
         stack.callback(run.release)
-        outcome = outcome or stack.enter_context(Outcome(engine.rank))
+        outcome = outcome or stack.enter_context(Outcome(processes.rank))
         guard = guard or stack.enter_context(SignalGuard())
-        guard.stop_after(recipe.training.stop_after_minutes)
-        engine.together(lambda: check_recipe(recipe, engine, run))
-        resumed = engine.on_main(lambda: open_run(recipe, run))
+        guard.stop_after(section.stop_after_minutes)
+        processes.together(lambda: check_recipe(recipe, processes, run))
+        deepspeed = processes.together(lambda: processes.deepspeed_config(recipe))
+        take_directory(run, processes, fresh=request.fresh)
+        name = processes.on_main(lambda: str(time.time()))
+
+        def say_that_it_hangs(text: str, step: int) -> None:
+            announce(text)
+            outcome.write(EXIT_HANGING, text, step)
+
+        watch = stack.enter_context(
+            Watch(
+                launch_store(name, processes.world_size),
+                processes.rank,
+                processes.world_size,
+                directory=run.path,
+                step_seconds=60 * section.step_timeout_minutes,
+                start_seconds=60 * section.start_timeout_minutes,
+                say=say_that_it_hangs,
+            )
+        )
+        opened = open_run(recipe, run, processes, request, watch.alive)
         outcome.belongs_to(run.path)
-        if resumed == COMPLETE:
-            if engine.is_main:
-                announce(f"{run.path} is complete at step {recipe.training.max_steps}; its weights are in {run.final}")
+        if opened.complete:
+            if processes.is_main:
+                announce(f"{run.path} is complete at step {section.max_steps}; its weights are in {run.final}")
             return
-        store = engine.together(lambda: TokenStore.open(recipe.data.path, "train"))
-        begin = engine.together(lambda: load_start(recipe, store, resumed))
-        engine.together(begin.load_all)
-        held_out, tokenizer = engine.together(lambda: open_extras(recipe, begin))
-        if resumed is None:
-            begin.parent = engine.on_main(begin.name_parent)
-        engine.on_main(lambda: check_base(begin, resumed))
-        trainer = Trainer(recipe, engine, guard, outcome, run, begin, store, held_out, tokenizer)
-        if resumed is not None:
-            engine.together(lambda: trainer.resume(Path(resumed)))
-        engine.on_main(lambda: write_preamble(recipe, run, begin, resumed))
+        watch.newest = opened.resumed
+        store = processes.together(lambda: TokenStore.open(recipe.data.path, "train"))
+        begin = processes.together(lambda: load_start(recipe, store, opened.resumed))
+        held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
+        if opened.resumed is None:
+            begin.parent = processes.on_main(begin.name_parent)
+        processes.on_main(lambda: check_base(begin, opened.resumed))
+        engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
+        trainer = Trainer(
+            recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer
+        )
+        if (resumed := opened.resumed) is not None:
+            processes.together(lambda: trainer.resume(resumed))
+        processes.on_main(lambda: write_preamble(recipe, run, begin, opened))
+        if deepspeed is not None:
+            text = json.dumps(deepspeed, indent=2) + "\n"
+            processes.on_main(lambda: checkpoint.write_text(run.path / "deepspeed.json", text))
         begin.merged_base = None  # written by now; ranks other than 0 let go of it too
         trainer.train()
 
@@ -88,23 +157,47 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
+        processes: Processes,
         engine: Engine,
         guard: SignalGuard,
         outcome: Outcome,
+        watch: Watch,
+        probe: Probe,
         run: RunDirectory,
         begin: Start,
         store: TokenStore,
         held_out: TokenStore | None,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        self.recipe, self.engine, self.guard, self.run, self.begin = recipe, engine, guard, run, begin
-        self.outcome = outcome
+        self.recipe, self.processes, self.engine, self.run, self.begin = recipe, processes, engine, run, begin
+        self.guard, self.outcome, self.watch, self.probe = guard, outcome, watch, probe
+        self.step = 0
+        self.tokens = 0
+        self.pending: list[str] = []
+        self.since_log = _Sums()
+        self.progress: Progress | None = None
+        self.trackers: list[Tracker] = []
         section = recipe.training
-        engine.prepare(begin.model, lambda parameters: build_optimizer(parameters, recipe.optimizer))
-        self.scheduler = build_scheduler(engine.optimizer, recipe.optimizer, section.max_steps)
-        self.average = Average(engine.parameters, section.ema_decay) if section.ema_decay is not None else None
-        self.store = store
+        self.store, self.tokenizer = store, tokenizer
         self.objective = build_objective(recipe, begin.model.config, section.seed)
+        decayed = decayed_names(begin.model)
+        processes.together(
+            lambda: engine.prepare(
+                begin.model, self._read, lambda parameters: build_optimizer(parameters, decayed, recipe.optimizer)
+            )
+        )
+        self.scheduler = build_scheduler(engine.optimizer, recipe.optimizer, section.max_steps)
+        self.keeper = Keeper(
+            processes,
+            engine,
+            run,
+            begin,
+            rotate=self._rotate if section.save_total_limit is not None else None,
+            say=self._say,
+            alive=watch.alive,
+            probe=probe,
+            time_out=60 * section.step_timeout_minutes,
+        )
         self.stream = self._stream(
             store,
             self.objective,
@@ -114,18 +207,33 @@ class Trainer:
             max_steps=section.max_steps,
         )
         self.held_out = self._held_out(held_out) if held_out is not None else []
-        self.tokenizer = tokenizer
         engine.warm_up(self._empty_loss)
-        self.step = 0
-        self.tokens = 0
-        self.since_log = _Sums()
-        self.progress: Progress | None = None
-        self.trackers: list[Tracker] = []
         self._seed_dropout()
+
+    def _read(self, name: str) -> Tensor:
+        self.watch.alive()
+        return self.begin.read(name)
+
+    def _rotate(self, newest: Path) -> None:
+        """Deletes old checkpoints; called from the thread that saved the newest."""
+        section = self.recipe.training
+        assert section.save_total_limit is not None
+        checkpoint.rotate(
+            self.run.checkpoints,
+            section.save_total_limit,
+            newest,
+            section.save_every_keep,
+            before=lambda directory: self.probe("rotate", self.step, directory),
+        )
+
+    def _at(self, where: str, subject: Any = None) -> None:
+        """A point of the step under way, which all ranks pass in the same order."""
+        self.watch.beat(self.step + 1, where)
+        self.probe(where, self.step + 1, subject)
 
     def _seed_dropout(self) -> None:
         """Dropout is the only draw from torch's generators in a step; each rank has its own."""
-        key = keyed_uniform(self.recipe.training.seed, self.step, self.engine.rank)
+        key = keyed_uniform(self.recipe.training.seed, self.step, self.processes.rank)
         torch.manual_seed(int(key * 2**52))
 
     def _stream(self, store: TokenStore, objective: Objective, **draws: int) -> StepStream:
@@ -135,8 +243,8 @@ class Trainer:
             objective,
             max_tokens_per_device=self.recipe.training.max_tokens_per_device,
             micro_batches=self.recipe.training.gradient_accumulation_steps or 1,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
             **draws,
         )
 
@@ -160,44 +268,97 @@ class Trainer:
 
     def train(self) -> None:
         """Takes the remaining steps and writes final/."""
-        section, engine = self.recipe.training, self.engine
-        if engine.is_main:
+        section = self.recipe.training
+        if self.processes.is_main:
             self.progress = Progress(self.step, section.max_steps)
             self.trackers = open_trackers(section.report_to, self.run.path, asdict(self.recipe))
+        self._at("start")
+        if self.processes.any(self.guard.received is not None):
+            self._stop("before the first step of this start; nothing is lost")
         if self.step == 0 and self.held_out:
-            self.evaluate()
-        engine.model.train()
-        for batches in self._batches():
+            self.pending = ["held_out"]
+        self._measure()
+        self.engine.model.train()
+        for step, batches in self._batches():
+            while self.step < step:
+                self._skip_step()
             stop = self.take_step(batches)
-            is_last = self.step == section.max_steps
-            if is_last or self.step % section.logging_steps == 0:
-                self.log_step()
-            if self.held_out and self._is_due(section.eval_steps):
-                self.evaluate()
-            if self.tokenizer is not None and self._is_due(section.sample_steps):
-                self.sample()
-            saved = self.save() if stop or self._is_due(section.save_steps) else False
-            if stop and not is_last:
-                where = "there" if saved else "the last checkpoint that was saved"
-                self.outcome.reason = f"stopped by {self.guard.received or 'a signal to another rank'}"
-                self._say(f"{self.outcome.reason} at step {self.step}; the same command goes on from {where}")
-                self._close()
-                raise Preempted
+            self.watch.started()
+            stop = self._after_step(stop)
+            if stop:
+                self._save_and_stop()
+        while self.step < section.max_steps:
+            self._skip_step()
         self.finish()
 
-    def _is_due(self, every: int | None) -> bool:
-        return every is not None and (self.step % every == 0 or self.step == self.recipe.training.max_steps)
-
-    def _batches(self) -> DataLoader[list[MicroBatch]]:
-        return DataLoader(
+    def _batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """(step, counted from 0, its micro-batches) of the steps that are left, without those to be skipped."""
+        section = self.recipe.training
+        steps = [step for step in range(self.step, section.max_steps) if step + 1 not in section.skip_steps]
+        loader = DataLoader(
             self.stream,
             batch_size=None,
-            sampler=range(self.step, self.recipe.training.max_steps),
+            sampler=steps,
             num_workers=self.recipe.data.num_workers,
             collate_fn=_identity,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator
         )
+        return zip(steps, loader, strict=True)
+
+    def _after_step(self, stop: bool) -> bool:
+        """Logs, measures and saves what is due after a step; returns whether to stop, agreed by all ranks."""
+        section = self.recipe.training
+        if self.since_log.steps and self._is_due(section.logging_steps):
+            self.log_step()
+        self.pending = [
+            kind
+            for kind, due in (
+                ("held_out", bool(self.held_out) and self._is_due(section.eval_steps)),
+                ("sample", self.tokenizer is not None and self._is_due(section.sample_steps)),
+            )
+            if due
+        ]
+        if self.pending and not stop:
+            self._measure()
+            stop = self.processes.any(self.guard.received is not None)
+        if not stop and self._is_due(section.save_steps):
+            self.save()
+        return stop
+
+    def _measure(self) -> None:
+        """Makes the measurements that are due."""
+        for kind in self.pending:
+            self.evaluate() if kind == "held_out" else self.sample()
+        self.pending = []
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.recipe.training.max_steps)
+
+    def _save_and_stop(self) -> None:
+        """Saves the step at which all ranks agreed to stop, and leaves when that is done."""
+        self.save()
+        saved = self.keeper.settle()
+        self._stop("; the same command goes on from " + ("there" if saved else "the last checkpoint that was saved"))
+
+    def _stop(self, how: str) -> None:
+        self.outcome.reason = f"stopped by {self.guard.received or 'a signal to another rank'}"
+        self._say(f"{self.outcome.reason} at step {self.step}{'' if how.startswith(';') else ' '}{how}")
+        self._close()
+        raise Preempted
+
+    def _skip_step(self) -> None:
+        """Passes over a step that the recipe names: its documents count as seen, and nothing is updated."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a schedule that moves on without an update is meant here
+            self.scheduler.step()
+        self.step += 1
+        self.outcome.step = self.step
+        self._say(f"step {self.step} is skipped (training.skip_steps)")
+        if self.processes.is_main:
+            draws = self.stream.ordinals(self.step - 1).tolist()
+            self.run.append({"step": self.step, "kind": "skipped", "draws": [draws[0], draws[-1]]})
+        self._after_step(stop=False)
 
     def take_step(self, batches: list[MicroBatch]) -> bool:
         """One optimizer step over this rank's micro-batches; returns whether the ranks agreed to stop after it.
@@ -213,58 +374,64 @@ class Trainer:
         for i, batch in enumerate(batches):
             batch = batch.to(engine.device)
             with engine.micro_batch(last=i == len(batches) - 1):
+                self._at("forward", batch)
                 terms = self.objective.loss_terms(engine.model, batch)
+                self._at("backward", batch)
                 engine.backward(torch.stack([term.sum() for term in terms.values()]).sum() / scale)
             seen.append((batch.ordinals, {name: term.detach() for name, term in terms.items()}))
+        self._at("agree")
         norm = engine.gradient_norm()
 
         names = list(seen[0][1])
         sums = torch.stack([torch.cat([terms[name] for _, terms in seen]).double().sum() for name in names]).tolist()
         rows = sum(batch.num_tokens for batch in batches)
-        signalled, infinite = self.guard.received is not None, not math.isfinite(norm)
-        *totals, all_rows, stop, bad_norm = engine.total([*sums, rows, signalled, infinite])
+        signalled, infinite = self.guard.received is not None, not (math.isfinite(norm) and norm >= 0)
+        part_failed = self.keeper.poll()
+        *totals, all_rows, stop, bad_norm, failed = self.processes.total(
+            [*sums, rows, signalled, infinite, part_failed]
+        )
         losses = {name: total / scale for name, total in zip(names, totals, strict=True)}
         if bad_norm or not all(map(math.isfinite, losses.values())):
             engine.discard()
             self._stop_on_divergence(losses, norm, seen)
+        if failed:
+            self.keeper.settle()  # says what became of the save under way
 
         rate = engine.optimizer.param_groups[0]["lr"]
+        self._at("update")
         engine.step(norm, self.recipe.optimizer.max_grad_norm)
         self.scheduler.step()
-        if self.average is not None:
-            self.average.update()
+        if self.recipe.training.ema_decay is not None:
+            engine.update_average(self.recipe.training.ema_decay)
         self.step += 1
         self.outcome.step = self.step
         self.tokens += int(all_rows)
         self.since_log.add(losses, int(all_rows), time.monotonic() - began)
         self.since_log.last = {"gradient_norm": norm, "learning_rate": rate}
+        self.probe("updated", self.step)
         return bool(stop)
 
     def _stop_on_divergence(
         self, losses: dict[str, float], norm: float, seen: list[tuple[Tensor, dict[str, Tensor]]]
     ) -> None:
         """Names step, draws and the last good checkpoint, and ends the run on all ranks."""
+        self.keeper.settle()
         loss = sum(losses.values())
         what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
-        first = torch.full((8,), -1)
         per_draw = [(ordinals, torch.stack(list(terms.values())).sum(0)) for ordinals, terms in seen]
-        bad = torch.cat([ordinals[~loss.isfinite()].cpu() for ordinals, loss in per_draw])
-        first[: len(bad[:8])] = bad[:8]
-        offending = sorted(int(draw) for draws in self.engine.gather(first) for draw in draws if draw >= 0)
+        bad = [int(draw) for ordinals, loss in per_draw for draw in ordinals[~loss.isfinite()]]
+        offending = sorted(draw for draws in self.processes.gather(bad[:8]) for draw in draws)
         draws = self.stream.ordinals(self.step).tolist()
-        if self.engine.is_main:
-            newest, _ = checkpoint.latest(self.run.checkpoints)
-            text = describe_divergence(
-                step=self.step + 1,
-                what=what,
-                value=value,
-                ordinals=draws,
-                offending=offending,
-                last_good=str(newest) if newest else None,
-            )
+        text = describe_divergence(
+            step=self.step + 1,
+            what=what,
+            value=value,
+            ordinals=draws,
+            offending=offending,
+            last_good=str(self.keeper.newest) if self.keeper.newest else None,
+        )
+        if self.processes.is_main:
             self.run.append({"step": self.step + 1, "kind": "stopped", "reason": text, **losses, "gradient_norm": norm})
-        else:
-            text = ""
         self.outcome.reason = text
         self._say(text)
         self._close()
@@ -287,6 +454,7 @@ class Trainer:
                 "tokens": self.tokens,
                 "tokens_per_second": sums.tokens / max(sums.seconds, 1e-9),
                 "seconds_per_step": sums.seconds / sums.steps,
+                "seconds_saving": self.keeper.take_stall(),
             }
         )
 
@@ -296,14 +464,17 @@ class Trainer:
         engine = self.engine
         sums: dict[str, float] = {}
         engine.model.eval()
-        with self._loadable_weights(), engine.autocast():
+        with engine.averaged(), engine.autocast():
             for batch in self.held_out:
+                self._at("evaluate", batch)
                 terms = self.objective.loss_terms(engine.model, batch.to(engine.device))
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(term.double().sum())
         engine.model.train()
         scale = self.held_out_documents * self.recipe.objective.window
-        losses = {name: total / scale for name, total in zip(sums, engine.total(list(sums.values())), strict=True)}
+        losses = {
+            name: total / scale for name, total in zip(sums, self.processes.total(list(sums.values())), strict=True)
+        }
         self._record(
             {
                 "step": self.step,
@@ -317,16 +488,17 @@ class Trainer:
     def sample(self) -> None:
         """Samples into samples.jsonl. All ranks draw the same ones: a sharded model needs every rank in a forward."""
         assert self.tokenizer is not None
-        with self._loadable_weights(), self.engine.autocast():
+        self._at("sample")
+        with self.engine.averaged(), self.engine.autocast():
             samples = draw_samples(self.engine.module, self.tokenizer, self.recipe)
-        if self.engine.is_main:
+        if self.processes.is_main:
             assert self.progress is not None
             for sample in samples:
                 self.run.append({"step": self.step, **sample}, SAMPLES)
             self.progress.note("sample", self.step, repr(samples[0]["text"][:200]))
 
     def _record(self, record: dict[str, Any]) -> None:
-        if not self.engine.is_main:
+        if not self.processes.is_main:
             return
         self.run.append(record)
         numbers = {f"{record['kind']}/{name}": value for name, value in record.items() if isinstance(value, float)}
@@ -341,79 +513,40 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.progress is not None:
             self.progress.say(f"retrofit: {text}")
+        elif self.processes.is_main:
+            announce(text)
 
     # ---- what is kept
 
-    def _loadable_weights(self) -> Any:
-        return self.average.in_place() if self.average is not None else nullcontext()
-
-    def save(self) -> bool:
-        """Writes a checkpoint and then rotates; returns whether it was saved. A failure is said, and the run goes on.
+    def save(self) -> None:
+        """Starts to write a checkpoint, to which rotation is tied. A failure is said, and the run goes on.
 
         Raises:
             NotFinite: a weight is not finite; nothing is written.
         """
-        tensors, adam_step = self._state()
-        rng = self.engine.random_states() if self._has_dropout() else {}
-        outcome = self.engine.on_main(lambda: self._write_checkpoint(tensors, adam_step, rng))
-        if outcome == _DIVERGED:
-            self.outcome.reason = self.outcome.reason or "a weight is not finite"
+        self._at("save")
+        rng = random_states(self.processes) if self._has_dropout() else {}
+        try:
+            self.keeper.save(self.step, self._record_of_state(), rng)
+        except NotFiniteError as error:
+            newest = self.keeper.newest
+            self.outcome.reason = f"step {self.step}: {error}; not saved; last good checkpoint: {newest or 'none'}"
+            self._say(f"{self.outcome.reason}; lower optimizer.learning_rate")
             self._close()
-            raise NotFinite
-        return outcome == _SAVED
-
-    def _state(self) -> tuple[dict[str, Tensor], int]:
-        tensors, adam_step = self.engine.export_state()
-        if self.average is not None and self.engine.is_main:
-            tensors |= self.average.export_state()
-        return tensors, adam_step
+            raise NotFinite from None
 
     def _has_dropout(self) -> bool:
         return self.begin.adapter is not None and self.begin.adapter.lora_dropout > 0
 
-    def _weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameter name -> tensor of what from_pretrained shall load: the average, if there is one."""
-        prefix = "ema/" if self.average is not None else "master/"
-        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-    def _write_checkpoint(self, tensors: dict[str, Tensor], adam_step: int, rng: dict[str, Tensor]) -> str:
-        infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if infinite:
-            newest, _ = checkpoint.latest(self.run.checkpoints)
-            self._say(
-                f"step {self.step}: {len(infinite)} tensors are not finite after the update ({infinite[0]} for one); "
-                f"not saved; last good checkpoint: {newest or 'none'}; lower optimizer.learning_rate"
-            )
-            return _DIVERGED
-        directory = self.run.checkpoints / checkpoint.step_name(self.step)
-        record = self._state_record(adam_step)
-
-        def write(temporary: Path) -> None:
-            self.begin.write_weights(temporary, self._weights(tensors))
-            checkpoint.write_state(temporary, tensors, record, rng)
-
-        try:
-            checkpoint.write_directory(directory, write)
-        except OSError as error:
-            self._say(f"step {self.step}: the checkpoint could not be saved ({error}); the run goes on")
-            with suppress(OSError):  # on a full disk the log cannot take it either
-                self.run.append({"step": self.step, "kind": "save_failed", "reason": str(error)})
-            return _FAILED
-        if self.recipe.training.save_total_limit is not None:
-            checkpoint.rotate(self.run.checkpoints, self.recipe.training.save_total_limit, directory)
-        return _SAVED
-
-    def _state_record(self, adam_step: int) -> dict[str, Any]:
-        documents = self.recipe.training.documents_per_step
+    def _record_of_state(self) -> dict[str, Any]:
         return {
-            "format_version": checkpoint.FORMAT_VERSION,
             "step": self.step,
-            "adam_step": adam_step,
             "scheduler": self.scheduler.state_dict(),
-            "ordinals_consumed": self.step * documents,
+            "ordinals_consumed": self.step * self.recipe.training.documents_per_step,
             "tokens": self.tokens,
             "since_log": asdict(self.since_log),
-            "world_size": self.engine.world_size,
+            "pending": self.pending,
+            "engine": self.engine.name,
             "data_digest": self.store.manifest.digest,
             "parent": self.begin.parent,
             "base_digest": self.begin.base_digest,
@@ -422,27 +555,22 @@ class Trainer:
 
     def resume(self, directory: Path) -> None:
         """Puts weights, optimizer, schedule, average, generators and running means back as they were."""
-        tensors, record, rng = checkpoint.read_state(directory)
-        self.engine.import_state(tensors, record["adam_step"])
+        with checkpoint.reading(directory):
+            tensors, record, rng = checkpoint.open_state(directory)
+            self.keeper.restore(tensors, record["adam_step"])
         restore_scheduler(self.scheduler, record["scheduler"])
-        if self.average is not None:
-            self.average.import_state(tensors)
-        self.step, self.tokens = record["step"], record["tokens"]
-        if self._has_dropout() and not self.engine.restore_random_states(rng):
+        self.step, self.tokens, self.pending = record["step"], record["tokens"], record["pending"]
+        self.outcome.step = self.step
+        self.keeper.newest = directory
+        if self._has_dropout() and not restore_random_states(self.processes, rng):
             self._seed_dropout()
-            if self.engine.is_main:
+            if self.processes.is_main:
                 announce("dropout's random state is that of another number of processes; dropout is drawn anew")
         self.since_log = _Sums(**record["since_log"])
 
     def finish(self) -> None:
         """Writes final/: the loadable weights of the last step, without training state."""
-        tensors, _ = self._state()
-        weights = self._weights(tensors)
-
-        def write() -> None:
-            checkpoint.write_directory(self.run.final, lambda directory: self.begin.write_weights(directory, weights))
-
-        self.engine.on_main(write)
+        self.keeper.save_final(self.step)
         self._say(f"complete at step {self.step}; weights in {self.run.final}")
         self._close()
 
@@ -451,10 +579,6 @@ class Trainer:
             tracker.close()
         if self.progress is not None:
             self.progress.close()
-
-
-_SAVED, _FAILED, _DIVERGED = "saved", "failed", "diverged"
-"""Outcomes of a save."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from retrofit.flexmdm.modeling import NEW_MODULES
 from retrofit.sections import OptimizerSection
 
 NamedParameters = list[tuple[str, nn.Parameter]]
-STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, by torch's names."""
 
 
 def trainable_parameters(model: nn.Module) -> NamedParameters:
@@ -34,12 +35,17 @@ def has_weight_decay(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not is_factor(name) and not is_embedding
 
 
-def build_optimizer(parameters: NamedParameters, section: OptimizerSection) -> AdamW:
-    """AdamW with up to four groups: backbone or new modules, with or without weight decay."""
+def decayed_names(model: nn.Module) -> frozenset[str]:
+    """Names of the trainable parameters that decay. To be asked of a whole model: ZeRO-3 flattens its parameters."""
+    return frozenset(name for name, parameter in trainable_parameters(model) if has_weight_decay(name, parameter))
+
+
+def build_optimizer(parameters: NamedParameters, decayed: frozenset[str], section: OptimizerSection) -> AdamW:
+    """AdamW with up to four groups: backbone or new modules, with or without weight decay (see `decayed_names`)."""
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters:
         is_new = name.split(".")[0] in NEW_MODULES
-        decays = has_weight_decay(name, parameter)
+        decays = name in decayed
         group = groups.setdefault(
             f"{'new' if is_new else 'backbone'}, {'decay' if decays else 'no decay'}",
             {
@@ -85,48 +91,16 @@ def restore_scheduler(scheduler: LambdaLR, state: Mapping[str, Any]) -> None:
         group["lr"] = rate
 
 
-def export_state(optimizer: Optimizer, parameters: NamedParameters) -> tuple[dict[str, Tensor], int]:
-    """(`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` -> float32 on the CPU, Adam's step count)."""
-    tensors: dict[str, Tensor] = {}
-    step = 0
-    for name, parameter in parameters:
-        state = optimizer.state.get(parameter, {})
-        tensors[f"master/{name}"] = _copy(parameter)
-        for kind in STATE_KINDS[1:]:
-            tensors[f"{kind}/{name}"] = _copy(state[kind]) if state else torch.zeros(parameter.shape)
-        step = int(state["step"]) if state else step
-    return tensors, step
+def total_norm(parameters: NamedParameters) -> Tensor:
+    """Global 2-norm of the gradients (a DTensor where they are); RuntimeError if a trainable has none."""
+    missing = [name for name, parameter in parameters if parameter.grad is None]
+    if missing:
+        raise RuntimeError(f"{len(missing)} trainable parameters have no gradient, {missing[0]} for one")
+    return torch.nn.utils.get_total_norm([parameter.grad for _, parameter in parameters])  # type: ignore[misc]
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def import_state(optimizer: Optimizer, parameters: NamedParameters, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Restores what `export_state` gave, creating Adam's state without a dummy update.
-
-    Raises:
-        ValueError: a tensor is missing, surplus or misshapen (count and first names).
-    """
-    check_names(parameters, tensors, STATE_KINDS)
-    for name, parameter in parameters:
-        with torch.no_grad():
-            parameter.copy_(tensors[f"master/{name}"])
-        if step:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{kind: tensors[f"{kind}/{name}"].to(parameter, copy=True) for kind in STATE_KINDS[1:]},
-            }
-
-
-def check_names(parameters: NamedParameters, tensors: Mapping[str, Tensor], kinds: Iterable[str]) -> None:
-    """Refuses training state that is not exactly that of the given parameters (ValueError)."""
-    kinds = tuple(kinds)
-    shapes = {f"{kind}/{name}": tuple(parameter.shape) for kind in kinds for name, parameter in parameters}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.partition("/")[0] in kinds}
-    wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
-    if wrong:
-        raise ValueError(
-            f"training_state.safetensors: {len(wrong)} tensors are missing, surplus or misshapen for this model: "
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; does the checkpoint belong to this recipe?"
-        )
+def clip_gradients(parameters: NamedParameters, norm: float, max_norm: float | None) -> None:
+    """Scales gradients whose global norm is `norm` down to `max_norm`, in place."""
+    if max_norm is not None:
+        device = parameters[0][1].device
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in parameters], max_norm, torch.tensor(norm, device=device))

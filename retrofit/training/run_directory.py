@@ -12,19 +12,24 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoints import checkpoint
 
+from .guard import announce
 from .outcome import OUTCOME
 
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"
 LOCK = "lock.json"
+NONCE = f"{checkpoint.TEMPORARY}nonce"
+PREVIOUS = "previous-"
 
 
 class RunDirectory:
@@ -35,6 +40,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self._lock: int | None = None
+        self._pending: dict[str, list[str]] = {}
 
     def holds_run(self) -> bool:
         """Whether the directory holds a run, finished or not."""
@@ -60,7 +66,9 @@ class RunDirectory:
         if self.path.is_dir() and not self.holds_run():
             names = (item.name for item in self.path.iterdir())
             own = (LOCK, OUTCOME)
-            foreign = sorted(name for name in names if name not in own and not name.startswith(checkpoint.TEMPORARY))
+            foreign = sorted(
+                name for name in names if name not in own and not name.startswith((checkpoint.TEMPORARY, PREVIOUS))
+            )
             if foreign:
                 raise ValueError(
                     f"training.output_dir: {self.path} holds {foreign[0]} and is not a run; choose another directory"
@@ -91,12 +99,62 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
+    # ---- other hosts
+
+    def write_nonce(self) -> str:
+        """Writes something that nobody else can have written, for the other ranks to find; returns it."""
+        nonce = secrets.token_hex(16)
+        checkpoint.write_text(self.path / NONCE, nonce)
+        return nonce
+
+    def sees_nonce(self, nonce: str, patience: float = 10.0) -> bool:
+        """Whether this process sees what rank 0 wrote, allowing for a network file system that lags."""
+        deadline = time.monotonic() + patience
+        while True:
+            with suppress(OSError):
+                if (self.path / NONCE).read_text(encoding="utf-8") == nonce:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+
+    def remove_nonce(self) -> None:
+        (self.path / NONCE).unlink(missing_ok=True)
+
+    def set_everything_aside(self) -> Path:
+        """Moves all that the directory holds, but for the lock, into `previous-N/`; returns that."""
+        number = 1
+        while (aside := self.path / f"{PREVIOUS}{number}").exists():
+            number += 1
+        items = [item for item in self.path.iterdir() if item.name != LOCK and not item.name.startswith(PREVIOUS)]
+        aside.mkdir()
+        for item in items:
+            item.rename(aside / item.name)
+        return aside
+
     # ---- the log
 
     def append(self, record: Mapping[str, Any], name: str = LOG) -> None:
-        """Adds one line."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(strict(record), allow_nan=False, ensure_ascii=False) + "\n")
+        """Adds one line. What a full disk does not take is kept, said once, and written with a later line."""
+        pending = self._pending.setdefault(name, [])
+        pending.append(json.dumps(strict(record), allow_nan=False, ensure_ascii=False) + "\n")
+        try:
+            before = self._size(name)
+            try:
+                with open(self.path / name, "a", encoding="utf-8") as file:
+                    file.write("".join(pending))
+            except OSError:
+                os.truncate(self.path / name, before)  # no torn line, and none twice
+                raise
+        except OSError as error:
+            if len(pending) == 1:
+                announce(f"{self.path / name} cannot be written ({error.strerror}); its lines are kept in memory")
+            return
+        pending.clear()
+
+    def _size(self, name: str) -> int:
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else 0
 
     def set_aside(self, step: int) -> Path | None:
         """Moves the log's and samples' lines past `step`, and a torn last line, to a file of their own; returns it."""

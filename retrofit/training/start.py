@@ -7,7 +7,7 @@ adapter has a base to name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from retrofit.checkpoints.weights import (
     Weights,
     fresh_reader,
     index,
-    materialise,
     shard_name,
     share_of,
     write_files,
@@ -73,15 +72,18 @@ class Start:
     merged_base: Weights | None = None
 
     def __post_init__(self) -> None:
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        # Counted now: an engine may lay the parameters out anew.
+        self._counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
         self._trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def read(self, name: str) -> Tensor:
         """The values that the model's parameter starts with (see `Weights.read`)."""
         return self.weights.read(name)
 
-    def load_all(self) -> None:
-        """Fills the model, on the CPU."""
-        materialise(self.model, self.read)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the model's parameter, however an engine has laid it out since."""
+        return self._shapes[name]
 
     def digest_base(self) -> None:
         """Takes the digest of the frozen weights under an adapter, which a resumed run must find again."""
@@ -128,14 +130,6 @@ class Start:
             )
         return files
 
-    def write_weights(self, directory: Path, values: Mapping[str, Tensor]) -> None:
-        """Writes what loads by itself: config.json, the tokenizer, and full weights or an adapter.
-
-        Args:
-            values: trainable parameter's name -> tensor, of all of them.
-        """
-        write_files(directory, self.files(values))
-
     def _small_files(self) -> Files:
         config = self.model.config
         config.architectures = [type(self.model).__name__]
@@ -156,9 +150,8 @@ class Start:
 
     def describe(self) -> str:
         """One line: class, trainable and total parameters."""
-        parameters = list(self.model.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        total = sum(p.numel() for p in parameters)
+        trainable = sum(count for count, is_trained in self._counts if is_trained)
+        total = sum(count for count, _ in self._counts)
         share = f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})"
         return f"{type(self.model).__name__} from {self.source.name}: {share}"
 
@@ -385,26 +378,48 @@ FREE_FIELDS = frozenset(
 )
 """Recipe fields that a resumed run may change: none of them changes what is computed, beyond rounding."""
 
+FIXED_FIELDS = ("model.", "lora.", "objective.name")
+"""Beginnings of the names of fields that no override can change."""
 
-def check_same_run(recipe: Mapping[str, Any], recorded: Mapping[str, Any], directory: Path) -> None:
+DATA_PATH = "data.path"
+
+
+def check_same_run(
+    recipe: Mapping[str, Any], recorded: Mapping[str, Any], directory: Path, overrides: Collection[str] = ()
+) -> dict[str, list[Any]]:
     """Refuses to go on with another recipe than the run's, in fields that change the mathematics.
 
     Args:
         recipe, recorded: both as `dataclasses.asdict` gives them.
+        overrides: fields that may differ all the same.
+
+    Returns:
+        field -> [was, is] of those overridden.
 
     Raises:
-        ValueError: names every differing field with both values.
+        ValueError: names every differing field with both values, or an override that cannot be had.
     """
     ours, theirs = _flatten(recipe), _flatten(recorded)
     names = sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
+    fixed = sorted(name for name in overrides if name.startswith(FIXED_FIELDS))
+    if fixed:
+        raise ValueError(
+            f"--override {fixed[0]}: it decides which tensors there are, or what they mean; start a new stage from the "
+            "checkpoint's weights instead (model.init_from)"
+        )
+    unknown = sorted(set(overrides) - set(names) - {DATA_PATH})
+    if unknown:
+        raise ValueError(f"--override {unknown[0]}: no field of the recipe, or one that may change without it")
     was = {name: theirs[name] if name in theirs else default_of(name) for name in names}  # a field newer than the run
     differing = [name for name in names if ours.get(name) != was[name]]
-    if differing:
-        listed = ", ".join(f"{name} is {ours.get(name)} and was {was[name]}" for name in differing)
+    refused = [name for name in differing if name not in overrides]
+    if refused:
+        listed = ", ".join(f"{name} is {ours.get(name)} and was {was[name]}" for name in refused)
         raise ValueError(
-            f"training.output_dir: {directory} holds a run of another recipe ({listed}); "
-            "put these fields back to resume it, or choose another directory"
+            f"training.output_dir: {directory} holds a run of another recipe ({listed}); put these fields back to "
+            "resume it, allow a change with --override FIELD, or choose another directory"
         )
+    return {name: [was[name], ours.get(name)] for name in differing}
 
 
 def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,11 +431,17 @@ def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_same_data(store: TokenStore, record: Mapping[str, Any], directory: Path) -> None:
-    """Refuses data other than those the run was trained on so far (ValueError)."""
+def check_same_data(
+    store: TokenStore, record: Mapping[str, Any], directory: Path, overrides: Collection[str] = ()
+) -> dict[str, list[Any]]:
+    """Refuses data other than those the run was trained on so far (ValueError), unless `data.path` is overridden."""
     ours, theirs = store.manifest.digest, record["data_digest"]
-    if ours != theirs:
-        raise ValueError(
-            f"data.path: {store.path} has digest {ours[:12]}, but {directory} was trained on data of digest "
-            f"{theirs[:12]}; restore those data to resume, or choose another training.output_dir"
-        )
+    if ours == theirs:
+        return {}
+    if DATA_PATH in overrides:
+        return {DATA_PATH: [f"data of digest {theirs[:12]}", f"data of digest {ours[:12]}"]}
+    raise ValueError(
+        f"data.path: {store.path} has digest {ours[:12]}, but {directory} was trained on data of digest "
+        f"{theirs[:12]}; restore those data to resume, allow it with --override data.path, or choose another "
+        "training.output_dir"
+    )

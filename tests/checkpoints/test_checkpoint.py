@@ -7,29 +7,34 @@ import pytest
 import torch
 
 from retrofit.checkpoints import checkpoint
+from retrofit.checkpoints.saving import save_now
+
+STATE = checkpoint.state_file(0, 1)
 
 
 def write_step(checkpoints: Path, step: int) -> Path:
     directory = checkpoints / checkpoint.step_name(step)
 
-    def write(temporary: Path) -> None:
-        checkpoint.write_state(temporary, {"master/w": torch.arange(4.0)}, {"step": step}, {})
-        (temporary / "adapter").mkdir()
-        (temporary / "adapter" / "adapter_config.json").write_text("{}")
-
-    checkpoint.write_directory(directory, write)
+    save_now(
+        directory,
+        {
+            STATE: {"master/w": torch.arange(4.0)},
+            checkpoint.STATE_RECORD: json.dumps({"step": step, "world_size": 1}).encode(),
+            "adapter/adapter_config.json": b"{}",
+        },
+    )
     return directory
 
 
 def test_a_written_directory_verifies_and_reads_back(tmp_path: Path) -> None:
     directory = write_step(tmp_path, 3)
     assert checkpoint.find_problem(directory) is None
-    tensors, record, rng = checkpoint.read_state(directory)
-    assert torch.equal(tensors["master/w"], torch.arange(4.0)) and record == {"step": 3} and rng == {}
+    tensors, record, rng = checkpoint.open_state(directory)
+    assert torch.equal(tensors.read("master/w"), torch.arange(4.0)) and record["step"] == 3 and rng == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
 
 
-@pytest.mark.parametrize("name", ["training_state.safetensors", "training_state.json", "adapter/adapter_config.json"])
+@pytest.mark.parametrize("name", [STATE, "training_state.json", "adapter/adapter_config.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
 def test_every_damage_to_a_file_is_found_and_named(tmp_path: Path, name: str, damage: str) -> None:
     directory = write_step(tmp_path, 1)

@@ -1,55 +1,90 @@
-"""Runs recipes one after the other, as one rank of a launched job. Started by test_two_ranks.
+"""Runs recipes one after the other, as one rank of a launched job. Started by test_two_ranks and test_engines.
 
     launched.py OUTCOMES RECIPE...     writes OUTCOMES-RANK.json: for each "complete", "exit N" or "refused: why"
 
+On a CPU accelerate takes its DeepSpeed and FSDP branches only where it believes in a GPU, and gloo only where it does
+not; `install_shim` tells it both. It also keeps DeepSpeed from compiling a shared-memory kernel that is not needed.
+
 What a recipe's file is called decides what is done to its run:
     *-copy        starts as what the run before it would have been, killed after its first checkpoint
+    *-from-NAME   the same, of the run NAME beside it
     *-signalled   rank 1 alone gets SIGUSR1 in the third step
+    *-poisoned    rank 1's loss in step 3 is NaN
+    *-diskfull    rank 1 finds the disk full while it writes step 4
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def install_shim() -> None:
+    import deepspeed.comm.torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    original = PartialState._prepare_backend
+
+    def prepare_backend(self: Any, cpu: bool, sagemaker_dp: bool = False, backend: str | None = None) -> Any:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return "gloo", DistributedType.MULTI_CPU
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            return "gloo", DistributedType.MULTI_GPU
+        return original(self, cpu, sagemaker_dp, backend)
+
+    PartialState._prepare_backend = prepare_backend  # type: ignore[method-assign]
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
 
 def main() -> None:
     import torch
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        install_shim()
+
     from retrofit.checkpoints.checkpoint import steps_present
+    from retrofit.probe import no_probe
     from retrofit.recipe import load_recipe
-    from retrofit.training.engine import Engine
-    from retrofit.training.loop import Trainer, train
+    from retrofit.training.loop import train
+    from retrofit.training.processes import Processes
+    from tests.faults import disk_full, fail_at, send, spoil
 
     torch.set_num_threads(1)
-    Engine.close = lambda self: None  # type: ignore[method-assign]  # the process group serves all recipes
-    rank, take_step = int(os.environ["RANK"]), Trainer.take_step
+    Processes.close = lambda self: None  # type: ignore[method-assign]  # the process group serves all recipes
+    rank = int(os.environ["RANK"])
+    probes = {
+        "signalled": fail_at(1, 3, "forward", send(signal.SIGUSR1)),
+        "poisoned": fail_at(1, 3, "forward", spoil),
+        "diskfull": fail_at(1, 4, "save.block", disk_full),
+    }
     previous = Path()
-
-    def signalled(trainer: Trainer, batches: Any) -> bool:
-        if rank == 1 and trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return take_step(trainer, batches)
 
     outcomes = []
     for path in map(Path, sys.argv[2:]):
         recipe = load_recipe(path)
         run = Path(recipe.training.output_dir)
-        setattr(Trainer, "take_step", signalled if path.stem.endswith("-signalled") else take_step)  # noqa: B010
-        if path.stem.endswith("-copy"):
+        found = re.search(r"-from-(\S+)$", path.stem)
+        if path.stem.endswith("-copy") or found:
             if rank == 0:
-                shutil.copytree(previous, run)
+                shutil.copytree(run.parent / found.group(1) if found else previous, run)
                 shutil.rmtree(run / "final")
                 for step in steps_present(run / "checkpoints")[1:]:
                     shutil.rmtree(step)
             torch.distributed.barrier()
+        probe = next((probes[name] for name in probes if path.stem.endswith(f"-{name}")), no_probe)
         try:
-            train(recipe)
+            train(recipe, probe=probe)
             outcomes.append("complete")
         except SystemExit as stop:
             outcomes.append(f"exit {stop.code}")

@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 
 from retrofit.checkpoints import checkpoint
 from retrofit.checkpoints.loading import load_model
+from retrofit.checkpoints.weights import materialise
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
 from retrofit.recipe import Recipe
 from retrofit.training import start
 from retrofit.training.loop import build_objective, train
+from tests.faults import disk_full, fail_at
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -33,7 +35,7 @@ LORA = (
     "--lora.r=4", "--lora.lora_alpha=8", "--lora.lora_dropout=0.1",
     "--lora.target_modules=[q_proj, v_proj, model.transformer.ff_out]",
 )  # fmt: skip
-TIMINGS = ("tokens_per_second", "seconds_per_step")
+TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +55,7 @@ def step_directory(run: Path, step: int) -> Path:
 
 def assert_equal_runs(run: Path, other: Path, step: int = 6) -> None:
     """Training state, loadable weights and log are equal bit for bit."""
-    for name in ("training_state.safetensors",):
+    for name in ("training_state-00001-of-00001.safetensors",):
         ours, theirs = load_file(step_directory(run, step) / name), load_file(step_directory(other, step) / name)
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
@@ -113,7 +115,10 @@ def test_nothing_in_a_run_is_pickled(full_run: Path) -> None:
 
 def test_loadable_weights_are_the_average_and_masters_are_in_the_state(full_run: Path) -> None:
     step = step_directory(full_run, 6)
-    state, weights = load_file(step / "training_state.safetensors"), load_file(step / "model.safetensors")
+    state, weights = (
+        load_file(step / "training_state-00001-of-00001.safetensors"),
+        load_file(step / "model.safetensors"),
+    )
     assert {f"ema/{name}" for name in weights} == {key for key in state if key.startswith("ema/")}
     assert all(torch.equal(state[f"ema/{name}"], tensor) for name, tensor in weights.items())
     assert any(not torch.equal(state[f"master/{name}"], tensor) for name, tensor in weights.items())
@@ -183,13 +188,13 @@ def test_broken_checkpoints_are_passed_over_named_and_kept(
 ) -> None:
     run = tmp_path / "run"
     interrupted_copy(full_run, run, 4)
-    broken = step_directory(run, 4) / "training_state.safetensors"
+    broken = step_directory(run, 4) / "training_state-00001-of-00001.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     step_directory(run, 6).mkdir()
     train(make_recipe(run, *FULL))
     said = capfd.readouterr().err
     assert "step-00000006 is passed over: manifest.json is missing" in said
-    assert "step-00000004 is passed over: training_state.safetensors has" in said
+    assert "step-00000004 is passed over: training_state-00001-of-00001.safetensors has" in said
     assert f"resuming {step_directory(run, 2)}" in said
     assert_equal_runs(run, full_run)
     assert sorted(path.name for path in (run / "checkpoints").glob("broken-*")) == [
@@ -246,22 +251,17 @@ def test_divergence_stops_before_the_update_and_no_checkpoint_holds_it(
     last = read_log(run)[-1]
     assert last["kind"] == "stopped" and f"step {last['step']}" in said and "draws" in said
     for directory in checkpoint.steps_present(run / "checkpoints"):
-        assert all(t.isfinite().all() for t in load_file(directory / "training_state.safetensors").values())
+        assert all(
+            t.isfinite().all() for t in load_file(directory / "training_state-00001-of-00001.safetensors").values()
+        )
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
-    make_recipe: MakeRecipe, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    make_recipe: MakeRecipe, full_run: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    run, write = tmp_path / "run", checkpoint.write_state
-
-    def full_at_step_4(directory: Path, tensors: Any, record: Any, rng: Any) -> None:
-        if record["step"] == 4:
-            raise OSError(28, "No space left on device")
-        write(directory, tensors, record, rng)
-
-    monkeypatch.setattr(checkpoint, "write_state", full_at_step_4)
-    train(make_recipe(run, *FULL))
-    assert "step 4: the checkpoint could not be saved" in capfd.readouterr().err
+    run = tmp_path / "run"
+    train(make_recipe(run, *FULL), probe=fail_at(0, 4, "save.block", disk_full))
+    assert "step-00000004 could not be saved (No space left on device" in capfd.readouterr().err
     assert [path.name[-1] for path in checkpoint.steps_present(run / "checkpoints")] == ["2", "6"]
     assert (
         load_file(run / "final" / "model.safetensors").keys()
@@ -326,7 +326,7 @@ def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_
     recipe = make_recipe(tmp_path / "run", *options)
     store = TokenStore.open(recipe.data.path, "train")
     begin = start.from_recipe(recipe, store)
-    begin.load_all()
+    materialise(begin.model, begin.read)
     model = begin.model
     objective = build_objective(recipe, model.config, recipe.training.seed)
     stream = StepStream(
@@ -341,7 +341,7 @@ def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_
     line = next(line for line in read_log(tmp_path / "run") if line["kind"] == "train")
     assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
     assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.01
-    moments = load_file(step_directory(tmp_path / "run", 1) / "training_state.safetensors")
+    moments = load_file(step_directory(tmp_path / "run", 1) / "training_state-00001-of-00001.safetensors")
     for name, parameter in model.named_parameters():
         clipped = parameter.grad * (0.01 / (norm + 1e-6))
         assert torch.allclose(moments[f"exp_avg/{name}"], 0.1 * clipped, rtol=1e-4, atol=1e-9)
@@ -378,7 +378,7 @@ def test_bfloat16_compute_keeps_float32_masters(make_recipe: MakeRecipe, tmp_pat
             run, *LORA, "--training.bf16=true", "--model.dtype=bfloat16", "--training.gradient_checkpointing=true"
         )
     )
-    state = load_file(step_directory(run, 6) / "training_state.safetensors")
+    state = load_file(step_directory(run, 6) / "training_state-00001-of-00001.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     model, _ = load_model(run)
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

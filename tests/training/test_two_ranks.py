@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import retrofit
 from retrofit.checkpoints import checkpoint
+from retrofit.checkpoints.loading import load_model
 from retrofit.recipe import Recipe, dump_recipe
 from retrofit.training.loop import train
 
@@ -78,13 +79,17 @@ def outcome(root: Path, name: str) -> list[str]:
     return list(json.loads((root / "outcomes.json").read_text())[name])
 
 
+TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
+
+
 def read_log(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds_per_step")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
-def state(run: Path, name: str = "training_state.safetensors", step: int = 6) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / checkpoint.step_name(step) / name)
+def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    tensors, _, _ = checkpoint.open_state(run / "checkpoints" / checkpoint.step_name(step))
+    return {name: tensors.read(name) for name in tensors.shapes}
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -117,7 +122,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(root: Path) -> None:
 
 
 def test_dropout_differs_between_ranks_and_its_state_is_saved_for_each(root: Path) -> None:
-    saved = state(root / "lora", checkpoint.RNG_TENSORS)
+    saved = load_file(root / "lora" / "checkpoints" / checkpoint.step_name(6) / checkpoint.RNG_TENSORS)
     assert sorted(saved) == ["rank-00000/cpu", "rank-00001/cpu"]
     assert not torch.equal(saved["rank-00000/cpu"], saved["rank-00001/cpu"])
 
@@ -133,7 +138,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         shutil.rmtree(run / "checkpoints" / checkpoint.step_name(6))
         train(make_recipe(run, *SCENARIOS[name]))
     assert "dropout is drawn anew" in capfd.readouterr().err
-    ours, theirs = (load_file(path / "full" / "final" / "model.safetensors") for path in (tmp_path, root))
+    ours, theirs = (load_model(path / "full")[0].state_dict() for path in (tmp_path, root))
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6) for key in theirs)
 
 
@@ -151,7 +156,7 @@ def test_a_refusal_is_said_by_one_rank(root: Path) -> None:
 
 
 def test_a_launcher_that_starts_one_process_of_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from retrofit.training.engine import check_launch
+    from retrofit.training.processes import check_launch
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_launch(bf16=False)

@@ -1,0 +1,247 @@
+"""Saving beside training: every rank writes its files in a thread of its own, and rank 0 commits them.
+
+No collective is used: a thread beside training must not take part in any. The ranks meet in a temporary directory
+instead. Each writes and reads back its files, then leaves a *part*: a small file with their sizes and SHA-256, or with
+what went wrong. Rank 0 waits for all parts, writes the manifest last and renames the directory. Whatever fails on the
+way, the directory under its final name is whole or absent, and the checkpoints before it are not touched.
+
+Points of the probe: "save.begin", "save.block", "save.file", "save.part", "save.manifest", "save.rename", "save.done".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from retrofit.probe import Probe, no_probe
+
+from . import checkpoint
+from .tensor_file import write_bytes, write_tensors
+
+Content = Mapping[str, Tensor] | bytes
+"""Tensors of a safetensors file (contiguous, on the CPU), or the bytes of any other file."""
+
+PART = "part-{:05d}.json"
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one save, as far as this rank knows: rank 0 of the whole, another of its own part.
+
+    Attributes:
+        problem: one line, or None if all went well.
+        bytes: written, by rank 0 those of all ranks. seconds: from begin to end.
+        remark: what else is to be said, such as a rotation that failed.
+    """
+
+    directory: Path
+    problem: str | None
+    bytes: int
+    seconds: float
+    remark: str | None = None
+
+
+class Saver:
+    """This rank's part in the saves of a run. All ranks call `begin` in the same order.
+
+    Args:
+        time_out: seconds that rank 0 waits for the others after it has written its own files.
+    """
+
+    def __init__(self, rank: int, world_size: int, probe: Probe = no_probe, time_out: float = 1800.0) -> None:
+        self.rank, self.world_size, self.probe, self.time_out = rank, world_size, probe, time_out
+        self._attempt = 0
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self._aborted: str | None = None
+        self._own: dict[str, checkpoint.Entry] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, or its outcome has not been fetched."""
+        return self._thread is not None
+
+    def begin(
+        self,
+        directory: Path,
+        step: int,
+        files: Mapping[str, Content],
+        *,
+        then: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Starts to write and returns at once.
+
+        Args:
+            directory: the final name. What already stands there is moved aside, never deleted.
+            files: path within the directory -> content; this rank's share. Must not change until the save has ended.
+            then: run by rank 0's thread after the commit.
+        """
+        assert self._thread is None, "the save before has not been settled"
+        self._attempt += 1
+        self._aborted = None
+        temporary = directory.parent / f"{checkpoint.TEMPORARY}{directory.name}-{self._attempt}"
+        self._thread = threading.Thread(
+            target=self._save, args=(directory, temporary, step, files, then), name=f"save {directory.name}"
+        )
+        self._thread.start()
+
+    def poll(self) -> Outcome | None:
+        """The outcome, once, when the save under way has ended; otherwise None."""
+        return self.wait() if self._thread is not None and not self._thread.is_alive() else None
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> Outcome | None:
+        """Waits for the save under way; its outcome, or None if there is none.
+
+        Args:
+            alive: called now and then while waiting.
+        """
+        if self._thread is None:
+            return None
+        while self._thread.is_alive():
+            self._thread.join(0.5)
+            alive()
+        self._thread = None
+        return self._outcome
+
+    def abort(self, reason: str) -> None:
+        """Makes rank 0 give up the save under way, because another rank's part failed."""
+        self._aborted = reason
+
+    # ---- in the thread
+
+    def _save(
+        self,
+        directory: Path,
+        temporary: Path,
+        step: int,
+        files: Mapping[str, Content],
+        then: Callable[[Path], None] | None,
+    ) -> None:
+        began, size, remark = time.monotonic(), 0, None
+        problem: str | None = None
+        try:
+            size = self._write_part(temporary, step, files)
+            if self.rank == 0:
+                size = self._commit(directory, temporary, step)
+                remark = self._follow_up(directory, then)
+        except Exception as error:  # whatever it is, training has to hear of it in one line
+            problem = describe(error, directory)
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._outcome = Outcome(directory, problem, size, time.monotonic() - began, remark)
+
+    def _write_part(self, temporary: Path, step: int, files: Mapping[str, Content]) -> int:
+        self.probe("save.begin", step, temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
+        record: dict[str, object] = {}
+        try:
+            entries: dict[str, checkpoint.Entry] = {}
+            for name, content in files.items():
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+
+                def block(path: Path = path) -> None:
+                    self.probe("save.block", step, path)
+
+                digest = (
+                    write_bytes(path, content, block)
+                    if isinstance(content, bytes)
+                    else write_tensors(path, content, block)
+                )
+                self.probe("save.file", step, path)
+                if _read_back(path) != digest:
+                    raise OSError(f"{path.name} reads back differently from what was written")
+                entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+            record = {"files": entries}
+        except Exception as error:
+            record = {"problem": describe(error, temporary)}
+            raise
+        finally:
+            if self.rank > 0 and record:
+                self.probe("save.part", step, temporary)
+                checkpoint.write_text(temporary / PART.format(self.rank), json.dumps(record))
+        if self.rank == 0:
+            self._own = entries
+        return sum(entry["bytes"] for entry in entries.values())
+
+    def _commit(self, directory: Path, temporary: Path, step: int) -> int:
+        entries = self._own | self._other_parts(temporary)
+        for name, entry in entries.items():
+            if (found := (temporary / name).stat().st_size) != entry["bytes"]:
+                raise OSError(f"{name} has {found} bytes where {entry['bytes']} were written")
+        self.probe("save.manifest", step, temporary)
+        checkpoint.commit(temporary, directory, entries, lambda: self.probe("save.rename", step, directory))
+        self.probe("save.done", step, directory)
+        return sum(entry["bytes"] for entry in entries.values())
+
+    def _other_parts(self, temporary: Path) -> dict[str, checkpoint.Entry]:
+        entries: dict[str, checkpoint.Entry] = {}
+        waiting = set(range(1, self.world_size))
+        deadline = time.monotonic() + self.time_out
+        while waiting:
+            for rank in sorted(waiting):
+                path = temporary / PART.format(rank)
+                if path.is_file():
+                    part = json.loads(path.read_text(encoding="utf-8"))
+                    if "problem" in part:
+                        raise OSError(f"rank {rank}: {part['problem']}")
+                    entries |= part["files"]
+                    waiting.discard(rank)
+                    path.unlink()
+            if self._aborted is not None:
+                raise OSError(self._aborted)
+            if waiting and time.monotonic() > deadline:
+                ranks = ", ".join(map(str, sorted(waiting)))
+                raise OSError(f"rank {ranks} wrote nothing that rank 0 can see within {self.time_out:.0f} s")
+            if waiting:
+                time.sleep(_POLL_SECONDS)
+        return entries
+
+    def _follow_up(self, directory: Path, then: Callable[[Path], None] | None) -> str | None:
+        try:
+            if then is not None:
+                then(directory)
+        except OSError as error:
+            return describe(error, directory)
+        return None
+
+
+def save_now(directory: Path, files: Mapping[str, Content], probe: Probe = no_probe, step: int = 0) -> None:
+    """Writes a directory that is whole or absent, by this process alone.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
+    saver = Saver(0, 1, probe)
+    saver.begin(directory, step, files)
+    outcome = saver.wait()
+    assert outcome is not None
+    if outcome.problem:
+        raise OSError(f"{directory}: {outcome.problem}")
+
+
+def _read_back(path: Path) -> str:
+    """The file's SHA-256 from the disk, where the system can be told to forget what it has in memory."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    return checkpoint.sha256(path)
+
+
+def describe(error: Exception, place: Path) -> str:
+    """An error of a save in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({Path(error.filename).name if error.filename else place.name})"
+    return " ".join(str(error).split()) or type(error).__name__
