@@ -135,7 +135,7 @@ def test_train_hands_on_the_recipe_with_overrides_anywhere(stub, tmp_path):
     calls = stub("retrofit.training.loop", "train")
     overrides = ["--training.seed", "3", "--optimizer.learning_rate=3e-5"]
     assert cli.main(["train", *overrides, str(tmp_path / "recipe.yaml"), "--data.num_workers", "2"]) == 0
-    (((recipe,), _),) = calls
+    (((recipe, request), _),) = calls
     assert (recipe.training.seed, recipe.optimizer.learning_rate, recipe.data.num_workers) == (3, 3e-5, 2)
 
 

@@ -1,0 +1,100 @@
+"""Resolves a DeepSpeed JSON against the recipe: what the recipe decides must be `auto`, absent or the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retrofit.sections import Recipe
+
+_THE_RECIPES = {
+    "optimizer": "the recipe's section optimizer",
+    "scheduler": "optimizer.lr_scheduler_type",
+    "data_efficiency": "the recipe",
+    "curriculum_learning": "the recipe",
+}
+
+
+def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """A copy that `deepspeed.initialize` takes, with every `auto` filled in.
+
+    Micro-batches follow the token budget and the loop marks where a step ends, so DeepSpeed's own accumulation is 1 and
+    its batch sizes mean nothing. bf16 and fp16 stay off: `training.bf16` is autocast over float32 weights.
+
+    Args:
+        source: the file's name, for messages.
+
+    Raises:
+        ValueError: one line for each field that contradicts the recipe or cannot be had.
+    """
+    problems: list[str] = []
+
+    def refuse(name: str, text: str) -> None:
+        problems.append(f"{source}: {name}: {text}")
+
+    def number(name: str, kind: type, right: float, why: str) -> None:
+        value = config.get(name, "auto")
+        what = "an integer" if kind is int else "a number"
+        if value == "auto":
+            return
+        if isinstance(value, str):
+            refuse(name, f'expected {what}, found the text "{value}"; write it without quotes, or "auto"')
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(name, f"expected {what}, found {value!r}")
+        elif value != right:
+            refuse(name, f'is {value}, but {why}; write "auto"')
+
+    section = recipe.training
+    norm = recipe.optimizer.max_grad_norm or 0.0
+    number("gradient_clipping", float, norm, f"the recipe's optimizer.max_grad_norm is {recipe.optimizer.max_grad_norm}")
+    number("gradient_accumulation_steps", int, 1, "micro-batches follow training.max_tokens_per_device, so it must be 1")
+    if section.per_device_train_batch_size is None:
+        number("train_micro_batch_size_per_gpu", int, 1, "the recipe decides it by training.max_tokens_per_device")
+    else:
+        batch = section.per_device_train_batch_size
+        number("train_micro_batch_size_per_gpu", int, batch, f"training.per_device_train_batch_size is {batch}")
+    documents = section.documents_per_step
+    number("train_batch_size", int, documents, f"training.documents_per_step is {documents}")
+    for name, instead in _THE_RECIPES.items():
+        if name in config:
+            refuse(name, f"the recipe decides this; remove it and use {instead}")
+    for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
+        part = config.get(name, {})
+        enabled = part.get("enabled", False) if isinstance(part, Mapping) else part
+        if enabled not in (False, "auto"):
+            refuse(name, "retrofit autocasts over float32 weights itself; remove it and set training.bf16 in the recipe")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        refuse(
+            "zero_optimization.stage",
+            f"is {stage!r}; use 1, 2 or 3, or launch/accelerate/ddp.yaml for training without ZeRO",
+        )
+    else:
+        for name in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
+                refuse(f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices")
+        for name in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+            if zero.get(name, 1) not in (1, False):
+                refuse(f"zero_optimization.{name}", "is not supported; for sharding within nodes use FSDP2")
+    if problems:
+        raise ValueError("\n".join(problems))
+    kept = {name: value for name, value in config.items() if name not in ("bf16", "bfloat16", "fp16", "torch_autocast")}
+    settings = {name: value for name, value in zero.items() if value != "auto"}
+    if stage == 3:
+        # DeepSpeed's own F.linear replaces torch's in the whole process, and knows no autocast of float32 weights.
+        settings["memory_efficient_linear"] = False
+    resolved = {
+        **kept,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": norm,
+        "zero_optimization": settings,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    left = sorted(name for name, value in resolved.items() if value == "auto")
+    if left:
+        raise ValueError(f'{source}: {", ".join(left)}: "auto" has no meaning here; give a value or remove it')
+    return resolved

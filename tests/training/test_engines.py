@@ -1,0 +1,206 @@
+"""Each engine, by the launch file that users take, with two processes on a CPU. One launch runs all its scenarios.
+
+Every run is compared with one process on the same recipe. The bounds are a few times what was measured:
+float32, loss and norm of every step 1e-6 (sums in another order); bfloat16 compute 2e-2, where a last-bit difference of
+a weight can change its rounding to bfloat16 by 2^-8, and Adam makes steps of one size out of gradients of any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retrofit.checkpoints import checkpoint
+from retrofit.checkpoints.loading import load_model
+from retrofit.recipe import Recipe, dump_recipe, load_recipe
+from retrofit.training.loop import train
+
+MakeRecipe = Callable[..., Recipe]
+Tensors = dict[str, torch.Tensor]
+
+ROOT = Path(__file__).parents[2]
+ENGINES = ["zero1", "zero2", "zero3", "fsdp2"]
+COMMON = ("--training.ema_decay=0.9", "--training.gradient_accumulation_steps=2", "--training.max_tokens_per_device=256")
+FULL = (*COMMON, "--training.eval_steps=3", "--training.sample_steps=6", "--sampling.steps=4")
+LORA = (
+    *COMMON, "--lora.r=3", "--lora.lora_alpha=6", "--training.gradient_checkpointing=true",
+    "--lora.target_modules=[q_proj, v_proj, model.transformer.ff_out]",
+)  # fmt: skip
+SCENARIOS: dict[str, tuple[str, ...]] = {
+    "full": FULL,
+    "full-signalled": FULL,
+    "lora": LORA,
+    "bf16": (*COMMON, "--training.bf16=true", "--training.gradient_checkpointing=true"),
+    "bf16-copy": (*COMMON, "--training.bf16=true", "--training.gradient_checkpointing=true"),
+    "bf16-lora": (*LORA, "--training.bf16=true", "--model.dtype=bfloat16"),
+    "an_empty_rank": ("--training.documents_per_step=1",),
+    "tied": ("--model.init_from=TIED",),
+    "full-from-alone": FULL,
+    "full-poisoned": FULL,
+    "full-diskfull": FULL,
+}  # fmt: skip
+ALONE = ("full", "lora", "bf16", "bf16-lora", "an_empty_rank", "tied")
+TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
+
+
+@pytest.fixture(scope="session")
+def tied(toy: Path) -> Path:
+    from retrofit.data.tiny import init
+
+    init(toy / "tied", layers=2, d_model=32, heads=2, mlp_hidden=48, max_sequence_length=64, tied=True)
+    return toy / "tied"
+
+
+@pytest.fixture(scope="session")
+def make(make_recipe: MakeRecipe, tied: Path) -> MakeRecipe:
+    def make(run: Path, *options: str) -> Recipe:
+        return make_recipe(run, *(option.replace("TIED", str(tied)) for option in options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenarios by one process."""
+    root = tmp_path_factory.mktemp("alone")
+    for name in ALONE:
+        train(make(root / name, *SCENARIOS[name]))
+    return root
+
+
+def launch(engine: str, root: Path, names: list[str], processes: int = 2) -> str:
+    """Runs `root/NAME.yaml` one after the other under the engine's launch file; returns stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{engine}.yaml",
+        f"--num_processes={processes}", f"--main_process_port={port}",
+        str(Path(__file__).with_name("launched.py")), str(root / "outcomes"), *(str(root / f"{n}.yaml") for n in names),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-6000:]
+    ranks = [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(processes)]
+    (root / "outcomes.json").write_text(json.dumps(dict(zip(names, zip(*ranks, strict=True), strict=True))))
+    return done.stderr
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def root(request: Any, make: MakeRecipe, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenarios by two processes of an engine; `full-resumed` goes on where `full-signalled` stopped."""
+    root: Path = tmp_path_factory.mktemp(request.param)
+    for name, options in SCENARIOS.items():
+        dump_recipe(make(root / name, *options), root / f"{name}.yaml")
+    shutil.copyfile(root / "full-signalled.yaml", root / "full-resumed.yaml")
+    shutil.copytree(alone / "full", root / "alone")
+    (root / "stderr.txt").write_text(launch(request.param, root, [*SCENARIOS, "full-resumed"]))
+    return root
+
+
+def outcome(root: Path, name: str) -> list[str]:
+    return list(json.loads((root / "outcomes.json").read_text())[name])
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def state(run: Path, step: int = 6) -> Tensors:
+    tensors, _, _ = checkpoint.open_state(run / "checkpoints" / checkpoint.step_name(step))
+    return {name: tensors.read(name) for name in tensors.shapes}
+
+
+def log_difference(run: Path, other: Path) -> float:
+    """Largest relative difference of losses and norms; kinds, steps and rows of the lines must be equal."""
+    ours, theirs = read_log(run), read_log(other)
+    assert [(x["kind"], x["step"], x.get("tokens")) for x in ours] == [
+        (x["kind"], x["step"], x.get("tokens")) for x in theirs
+    ]
+    return max(
+        abs(x[key] - y[key]) / abs(y[key])
+        for x, y in zip(ours, theirs, strict=True)
+        for key in {"loss", "unmasking", "insertion", "gradient_norm"} & x.keys()
+    )
+
+
+@pytest.mark.parametrize(("name", "bound"), [(n, 2e-2 if "bf16" in n else 1e-5) for n in ALONE])
+def test_two_processes_train_as_one_does(root: Path, alone: Path, name: str, bound: float) -> None:
+    assert outcome(root, name) == ["complete", "complete"]
+    difference = log_difference(root / name, alone / name)
+    print(f"measured {root.name} {name}: {difference:.1e}")
+    assert difference < bound
+
+
+def test_the_weights_of_every_checkpoint_load_by_themselves(root: Path, alone: Path) -> None:
+    for name in ("full", "lora"):
+        for place in ("final", "checkpoints/step-00000006"):
+            ours, theirs = (load_model(base / name / place)[0].state_dict() for base in (root, alone))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in theirs)
+
+
+def test_samples_are_those_of_one_process(root: Path, alone: Path) -> None:
+    ours, theirs = ((base / "full" / "samples.jsonl").read_text() for base in (root, alone))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("name", "resumed"), [("full", "full-signalled"), ("bf16", "bf16-copy")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root: Path, name: str, resumed: str) -> None:
+    whole, again = state(root / name), state(root / resumed)
+    assert whole.keys() == again.keys() and any(key.startswith("ema/") for key in whole)
+    assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
+    assert read_log(root / name) == read_log(root / resumed)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(root: Path) -> None:
+    assert outcome(root, "full-signalled") == ["exit 75"] * 2 and outcome(root, "full-resumed") == ["complete"] * 2
+    assert checkpoint.find_problem(root / "full-signalled" / "checkpoints" / checkpoint.step_name(3)) is None
+
+
+def test_a_run_of_one_process_goes_on_with_two_of_this_engine(root: Path, alone: Path) -> None:
+    assert outcome(root, "full-from-alone") == ["complete", "complete"]
+    difference, uninterrupted = log_difference(root / "full-from-alone", alone / "full"), 1e-5
+    print(f"measured {root.name} one to two: {difference:.1e}")
+    assert difference < uninterrupted
+
+
+def test_a_run_of_this_engine_goes_on_with_one_process(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "full", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint.step_name(step))
+    recipe = load_recipe(root / "full.yaml", [f"--training.output_dir={tmp_path / 'run'}"])
+    train(recipe)
+    difference = log_difference(tmp_path / "run", root / "full")
+    print(f"measured {root.name} two to one: {difference:.1e}")
+    assert difference < 1e-5
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(root: Path) -> None:
+    assert outcome(root, "full-poisoned") == ["exit 3", "exit 3"]
+    newest, passed_over = checkpoint.latest(root / "full-poisoned" / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002" and passed_over == []
+    said = (root / "stderr.txt").read_text()
+    assert said.count(f"last good checkpoint: {newest}") == 1 and "step 3: loss is nan (draws 16 to 23" in said
+
+
+def test_a_full_disk_on_one_host_costs_a_checkpoint_and_not_the_run(root: Path) -> None:
+    assert outcome(root, "full-diskfull") == ["complete", "complete"]
+    names = sorted(path.name for path in (root / "full-diskfull" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000006"]
+    assert "step-00000004 could not be saved (rank 1: No space left" in (root / "stderr.txt").read_text()
+    whole, again = state(root / "full"), state(root / "full-diskfull")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
