@@ -63,6 +63,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._aborted: str | None = None
+        self._temporary: Path | None = None
         self._own: dict[str, checkpoint.Entry] = {}
 
     @property
@@ -89,6 +90,7 @@ class Saver:
         self._attempt += 1
         self._aborted = None
         temporary = directory.parent / f"{checkpoint.TEMPORARY}{directory.name}-{self._attempt}"
+        self._temporary = temporary
         self._thread = threading.Thread(
             target=self._save, args=(directory, temporary, step, files, then), name=f"save {directory.name}"
         )
@@ -115,6 +117,11 @@ class Saver:
     def abort(self, reason: str) -> None:
         """Makes rank 0 give up the save under way, because another rank's part failed."""
         self._aborted = reason
+
+    def clear(self) -> None:
+        """Removes what a failed save has left: to be called on rank 0 when no rank writes any more."""
+        if self._outcome is not None and self._outcome.problem is not None and self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     # ---- in the thread
 

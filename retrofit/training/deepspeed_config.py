@@ -46,8 +46,12 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
 
     section = recipe.training
     norm = recipe.optimizer.max_grad_norm or 0.0
-    number("gradient_clipping", float, norm, f"the recipe's optimizer.max_grad_norm is {recipe.optimizer.max_grad_norm}")
-    number("gradient_accumulation_steps", int, 1, "micro-batches follow training.max_tokens_per_device, so it must be 1")
+    number(
+        "gradient_clipping", float, norm, f"the recipe's optimizer.max_grad_norm is {recipe.optimizer.max_grad_norm}"
+    )
+    number(
+        "gradient_accumulation_steps", int, 1, "micro-batches follow training.max_tokens_per_device, so it must be 1"
+    )
     if section.per_device_train_batch_size is None:
         number("train_micro_batch_size_per_gpu", int, 1, "the recipe decides it by training.max_tokens_per_device")
     else:
@@ -62,7 +66,9 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
         part = config.get(name, {})
         enabled = part.get("enabled", False) if isinstance(part, Mapping) else part
         if enabled not in (False, "auto"):
-            refuse(name, "retrofit autocasts over float32 weights itself; remove it and set training.bf16 in the recipe")
+            refuse(
+                name, "retrofit autocasts over float32 weights itself; remove it and set training.bf16 in the recipe"
+            )
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage") if isinstance(zero, Mapping) else None
     if stage not in (1, 2, 3) or isinstance(stage, bool):
@@ -73,7 +79,9 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
     else:
         for name in ("offload_optimizer", "offload_param"):
             if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
-                refuse(f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices")
+                refuse(
+                    f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices"
+                )
         for name in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
             if zero.get(name, 1) not in (1, False):
                 refuse(f"zero_optimization.{name}", "is not supported; for sharding within nodes use FSDP2")

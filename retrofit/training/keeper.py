@@ -169,6 +169,7 @@ class Keeper:
             outcome = self.saver.wait(self.alive)
             if outcome is not None:
                 self._report(outcome)
+            self.saver.clear()
         last = self._reported
         problem, newest = self.processes.on_main(
             lambda: (last.problem if last else None, str(self.newest) if self.newest else None)

@@ -9,6 +9,7 @@ What a recipe's file is called decides what is done to its run:
     *-copy        starts as what the run before it would have been, killed after its first checkpoint
     *-from-NAME   the same, of the run NAME beside it
     *-signalled   rank 1 alone gets SIGUSR1 in the third step
+    *-hanging     rank 1 sleeps for ever in step 3; *-killed: it is killed there
     *-poisoned    rank 1's loss in step 3 is NaN
     *-diskfull    rank 1 finds the disk full while it writes step 4
 """
@@ -58,13 +59,15 @@ def main() -> None:
     from retrofit.recipe import load_recipe
     from retrofit.training.loop import train
     from retrofit.training.processes import Processes
-    from tests.faults import disk_full, fail_at, send, spoil
+    from tests.faults import disk_full, fail_at, hang, kill, send, spoil
 
     torch.set_num_threads(1)
     Processes.close = lambda self: None  # type: ignore[method-assign]  # the process group serves all recipes
     rank = int(os.environ["RANK"])
     probes = {
         "signalled": fail_at(1, 3, "forward", send(signal.SIGUSR1)),
+        "hanging": fail_at(1, 3, "forward", hang),
+        "killed": fail_at(1, 3, "forward", kill),
         "poisoned": fail_at(1, 3, "forward", spoil),
         "diskfull": fail_at(1, 4, "save.block", disk_full),
     }

@@ -30,7 +30,11 @@ Tensors = dict[str, torch.Tensor]
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ["zero1", "zero2", "zero3", "fsdp2"]
-COMMON = ("--training.ema_decay=0.9", "--training.gradient_accumulation_steps=2", "--training.max_tokens_per_device=256")
+COMMON = (
+    "--training.ema_decay=0.9",
+    "--training.gradient_accumulation_steps=2",
+    "--training.max_tokens_per_device=256",
+)
 FULL = (*COMMON, "--training.eval_steps=3", "--training.sample_steps=6", "--sampling.steps=4")
 LORA = (
     *COMMON, "--lora.r=3", "--lora.lora_alpha=6", "--training.gradient_checkpointing=true",
@@ -130,7 +134,7 @@ def log_difference(run: Path, other: Path) -> float:
         (x["kind"], x["step"], x.get("tokens")) for x in theirs
     ]
     return max(
-        abs(x[key] - y[key]) / abs(y[key])
+        abs(x[key] - y[key]) / (abs(y[key]) or 1.0)
         for x, y in zip(ours, theirs, strict=True)
         for key in {"loss", "unmasking", "insertion", "gradient_norm"} & x.keys()
     )
