@@ -51,6 +51,7 @@ class Start:
     Attributes:
         model: on the meta device, frozen weights in `dtype`, trainable ones in float32.
         weights: of the model's parameters.
+        trainable: names of the parameters that are trained, in the model's order.
         dtype: of frozen weights, and of full weights where they are written.
         adapter: the factors' shape, or None if all weights are trained.
         base: what an adapter names as its base: (path or Hub id, revision).
@@ -71,9 +72,10 @@ class Start:
     parent: dict[str, str] = field(default_factory=dict)
     base_digest: str | None = None
     merged_base: Weights | None = None
+    trainable: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def read(self, name: str) -> Tensor:
         """The values that the model's parameter starts with (see `Weights.read`)."""
@@ -94,7 +96,7 @@ class Start:
 
     def shares(self, world_size: int) -> dict[str, int]:
         """Trainable parameter's name -> the rank that writes it, weights and training state alike."""
-        return share_of({name: self.weights.sizes[name] for name in self._trainable}, world_size)
+        return share_of({name: self.weights.shapes[name].numel() for name in self.trainable}, world_size)
 
     def files(self, values: Mapping[str, Tensor], rank: int = 0, world_size: int = 1) -> Files:
         """The files by which a checkpoint loads by itself, as far as this rank writes them.
@@ -122,7 +124,7 @@ class Start:
         if values:
             files[shard_name(rank + 1, world_size)] = {name: tensor.to(self.dtype) for name, tensor in values.items()}
         if rank == 0 and world_size > 1:
-            total = sum(self.weights.sizes.values()) // torch.float32.itemsize * self.dtype.itemsize
+            total = sum(self.weights.shapes[name].numel() for name in shares) * self.dtype.itemsize
             files[INDEX_FILE] = index(
                 {name: shard_name(owner + 1, world_size) for name, owner in shares.items()}, total
             )
@@ -156,9 +158,9 @@ class Start:
 
     def describe(self) -> str:
         """One line: class, trainable and total parameters."""
-        parameters = list(self.model.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        total = sum(p.numel() for p in parameters)
+        # Not counted on the model: an engine may have cut its parameters up.
+        counts = {name: shape.numel() for name, shape in self.weights.shapes.items()}
+        trainable, total = sum(counts[name] for name in self.trainable), sum(counts.values())
         share = f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})"
         return f"{type(self.model).__name__} from {self.source.name}: {share}"
 
@@ -230,6 +232,7 @@ def _retrofitted(recipe: Recipe, store: TokenStore, source: Source, config: LLaD
 
 
 def _finish(model: Any, recipe: Recipe) -> None:
+    model.eval()  # until the loop says otherwise: dropout draws nothing before the first step
     adapters.select_trainable(model)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
