@@ -125,7 +125,8 @@ def test_a_start_is_on_meta_and_reads_what_the_base_holds(
 ) -> None:
     base = load_file(toy / "model" / "model.safetensors")
     started = begin(make_recipe(tmp_path / "run", *FROM_LLADA, *options))
-    assert all(parameter.is_meta for parameter in started.model.parameters()) and not started.model.training
+    assert all(parameter.is_meta for parameter in started.model.parameters())
+    assert not any(module.training for module in started.model.modules())
     frozen = torch.bfloat16 if options[-1:] == BF16[-1:] else torch.float32
     for name, parameter in started.model.named_parameters():
         tensor = started.read(name)
