@@ -276,18 +276,6 @@ def adapter_readers(model: nn.Module, directory: Path) -> Readers:
     return {name: partial(file.read, key) for key, name in ours.items()}
 
 
-def load_adapter_weights(model: nn.Module, directory: Path) -> None:
-    """Copies an adapter's tensors into a model that has its factors injected; the parameters keep their dtype.
-
-    Raises:
-        ValueError: see `adapter_readers`.
-    """
-    readers = adapter_readers(model, directory)
-    with torch.no_grad():
-        for name, read in readers.items():
-            model.get_parameter(name).copy_(read())
-
-
 def _describe(problems: Mapping[str, list[str]]) -> str:
     parts = []
     for kind, keys in problems.items():

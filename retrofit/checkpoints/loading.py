@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
 from retrofit.flexmdm.modeling import NEW_MODULES
 
-from . import adapters, checkpoint, weights
-from .weights import Readers
+from . import adapters, checkpoint
+from .weights import Readers, TensorFiles, Weights, full_readers, materialise, weight_files
 
 Kind = Literal["full", "adapter"]
 
@@ -129,7 +126,7 @@ def _from_hub(name: str, revision: str | None) -> Source:
 
 
 def load_model(
-    path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None
+    path: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer. See `resolve` for what `path` may be.
 
@@ -143,32 +140,28 @@ def load_model(
         ValueError: nothing loadable there, or the files do not fit together.
     """
     source = resolve(path, revision)
-    return load_source(source, dtype=dtype).eval(), load_tokenizer(source)
+    return load_source(source, dtype=dtype), load_tokenizer(source)
 
 
-def load_source(source: Source, *, dtype: torch.dtype | str | None = None) -> Any:
+def load_source(source: Source, *, dtype: torch.dtype | None = None) -> Any:
     """The model of a resolved source, an adapter's factors injected and loaded. Verified as `load_model` says."""
-    if source.adapter is None:
-        model = load_full(source.directory, model_config(source), dtype=dtype)
-    else:
-        settings, _, _ = adapters.read_adapter_config(source.adapter)
-        model = load_full(base_of(source).directory, model_config(source), dtype=dtype)
-        adapters.inject(model, settings)
-        adapters.select_trainable(model)
-        adapters.load_adapter_weights(model, source.adapter)
-        verify_files(source.directory)
+    model, readers = build(source, model_config(source), dtype=dtype)
+    named = {name: readers[adapters.plain_name(name)] for name, _ in model.named_parameters()}
+    materialise(model, Weights(model, named).read)
     return model
 
 
-def build(source: Source, config: LLaDAConfig, *, dtype: torch.dtype, verify: bool = True) -> tuple[Any, Readers]:
+def build(
+    source: Source, config: LLaDAConfig, *, dtype: torch.dtype | None = None, verify: bool = True
+) -> tuple[Any, Readers]:
     """The model of a source on the meta device, and where its weights are to be had.
 
     An adapter's factors are injected. Names, shapes and manifests are checked here, so that reading finds no surprise.
 
     Args:
         config: the source's own, or a FlexMDM's for a plain LLaDA: then its new modules get no readers.
-        dtype: of the weights; factors and new modules of an adapter are float32 always.
-        verify: False where somebody else compares the files with the manifests (see `verify_files`).
+        dtype: of the weights; None keeps the files' own. Factors and new modules of an adapter are float32 always.
+        verify: False where somebody else verifies the files of `directories`.
 
     Returns:
         the model in evaluation mode, and readers by plain names, of the factors by theirs (see
@@ -177,62 +170,43 @@ def build(source: Source, config: LLaDAConfig, *, dtype: torch.dtype, verify: bo
     Raises:
         ValueError: the files are missing, not readable, damaged, or do not fit together.
     """
-    with torch.device("meta"):
-        model = _class_of(config)(config).to(dtype).eval()
     full = source if source.adapter is None else base_of(source)
+    files = TensorFiles(weight_files(full.directory))
     theirs = model_config(full)
     if isinstance(theirs, FlexMDMConfig) and not isinstance(config, FlexMDMConfig):
         raise ValueError(f"{full.directory}: is a FlexMDM, and {source.directory} says that its base is a plain LLaDA")
-    fresh = () if isinstance(theirs, FlexMDMConfig) or not isinstance(config, FlexMDMConfig) else NEW_MODULES
-    readers = weights.full_readers(model, full.directory, fresh)
-    if verify:
-        verify_files(full.directory)
+    becomes_flexmdm = isinstance(config, FlexMDMConfig) and not isinstance(theirs, FlexMDMConfig)
+    model = on_meta(config, dtype or config.dtype or next(iter(files.dtypes.values()), None) or torch.float32)
+    readers = full_readers(model, full.directory, files, NEW_MODULES if becomes_flexmdm else ())
     if source.adapter is not None:
         settings, _, _ = adapters.read_adapter_config(source.adapter)
         adapters.inject(model, settings)
         adapters.select_trainable(model)
         readers |= adapters.adapter_readers(model, source.adapter)
-        if verify:
-            verify_files(source.directory)
-    return model, readers
+    if verify:  # last, since names and shapes say more of what is wrong
+        for directory in directories(source):
+            verify_files(directory)
+    return model.eval(), readers  # an injected layer's dropout is in training mode
 
 
-def _class_of(config: LLaDAConfig) -> type[LLaDAForMaskedDiffusion] | type[FlexMDMForMaskedDiffusion]:
-    return FlexMDMForMaskedDiffusion if isinstance(config, FlexMDMConfig) else LLaDAForMaskedDiffusion
+def on_meta(config: LLaDAConfig, dtype: torch.dtype) -> Any:
+    """A model of the class that its configuration is of, whose weights have no memory."""
+    model_class = FlexMDMForMaskedDiffusion if isinstance(config, FlexMDMConfig) else LLaDAForMaskedDiffusion
+    with torch.device("meta"):
+        return model_class(config).to(dtype)
+
+
+def directories(source: Source) -> list[Path]:
+    """The directories whose files make up the model, an adapter's base first."""
+    return [source.directory] if source.adapter is None else [base_of(source).directory, source.directory]
 
 
 def verify_files(directory: Path) -> None:
-    """Refuses files that differ from the directory's manifest, if it has one (ValueError).
-
-    To be called when names and shapes have been found to fit: those errors say more.
-    """
+    """Refuses files that differ from the directory's manifest, if it has one (ValueError)."""
     if (directory / checkpoint.MANIFEST).is_file():
         problem = checkpoint.find_problem(directory, only=lambda name: "training_state" not in name)
         if problem:
             raise ValueError(f"{directory}: damaged or changed since it was written: {problem}")
-
-
-def load_full(directory: Path, config: LLaDAConfig, *, dtype: torch.dtype | str | None = None) -> Any:
-    """Loads full weights as the class of `config`; a plain LLaDA under a FlexMDM's config gets fresh new modules."""
-    return load_pretrained(_class_of(config), directory, config=config, dtype="auto" if dtype is None else dtype)
-
-
-def load_pretrained(model_class: type, directory: Path, **arguments: Any) -> Any:
-    """`from_pretrained`, an unreadable file being a ValueError, and the weights in aligned memory of their own.
-
-    safetensors maps tensors as they lie in the file, at any multiple of 4 bytes, and matrix products on a CPU depend on
-    the alignment in their last bits: without this the same weights from two files would not train alike.
-    """
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    try:
-        model = model_class.from_pretrained(directory, **arguments)  # type: ignore[attr-defined]
-    except SafetensorError as error:
-        raise ValueError(f"{directory}: the weights are not readable ({error}); incomplete download?") from error
-    verify_files(directory)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
 
 
 def base_of(source: Source) -> Source:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retrofit.flexmdm.llada import check_weight_files, refuse_misfits
+
+from .tensor_file import write_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,11 +35,14 @@ Files = dict[str, Mapping[str, Tensor] | bytes]
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 class TensorFiles:
     """The tensors of one or several safetensors files, by name. No file is kept open.
 
     Attributes:
-        shapes: of every tensor.
+        shapes, dtypes: of every tensor.
 
     Raises:
         ValueError: a file is not readable, or two files hold a tensor of the same name.
@@ -46,6 +50,7 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             with _opened(path) as file:
@@ -53,7 +58,13 @@ class TensorFiles:
                     if name in self._paths:
                         raise ValueError(f"{path}: holds {name}, as {self._paths[name].name} does; remove one of them")
                     self._paths[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    described = file.get_slice(name)
+                    self.shapes[name] = tuple(described.get_shape())
+                    if described.get_dtype() not in _DTYPES:
+                        raise ValueError(
+                            f"{path}: {name} is of type {described.get_dtype()}; known are {', '.join(_DTYPES)}"
+                        )
+                    self.dtypes[name] = _DTYPES[described.get_dtype()]
 
     def read(self, name: str) -> Tensor:
         """One tensor.
@@ -86,16 +97,16 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / shard for shard in sorted(set(index["weight_map"].values()))]
 
 
-def full_readers(model: nn.Module, directory: Path, fresh: tuple[str, ...] = ()) -> Readers:
+def full_readers(model: nn.Module, directory: Path, files: TensorFiles, fresh: tuple[str, ...] = ()) -> Readers:
     """Readers of a model's parameters from full weights.
 
     Args:
+        directory: where the files are, for messages.
         fresh: names of top-level modules that the files shall hold nothing of; they get no readers.
 
     Raises:
-        ValueError: a file is missing or not readable, or a tensor is missing, surplus or misshapen (named).
+        ValueError: a tensor is missing, surplus or misshapen (named).
     """
-    files = TensorFiles(weight_files(directory))
     ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = {name: shape for name, shape in ours.items() if name.split(".")[0] not in fresh}
     refuse_misfits(
@@ -120,7 +131,7 @@ class Weights:
         readers: one for each parameter.
 
     Attributes:
-        sizes: bytes of every parameter.
+        shapes, dtypes: of every parameter.
     """
 
     def __init__(self, model: nn.Module, readers: Readers) -> None:
@@ -128,12 +139,17 @@ class Weights:
         if parameters.keys() != readers.keys():
             raise RuntimeError(f"no reader, or no parameter: {sorted(parameters.keys() ^ readers.keys())[:4]}")
         self._readers = readers
-        self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        self.sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every parameter."""
+        return {name: shape.numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
 
     def read(self, name: str) -> Tensor:
         """All of a parameter's values, on the CPU, in its dtype, contiguous, in memory of their own."""
-        return self._readers[name]().to(self._dtypes[name])
+        return self._readers[name]().to(self.dtypes[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------- fresh
@@ -246,7 +262,7 @@ def write_files(directory: Path, files: Files) -> None:
             path.write_bytes(content)
         else:
             cpu = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
-            save_file(cpu, path, metadata={"format": "pt"})
+            write_tensors(path, cpu)
 
 
 def write_weights(directory: Path, weights: Weights, most: int = 2 << 30) -> None:

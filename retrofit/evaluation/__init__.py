@@ -69,7 +69,7 @@ def evaluate(
     from retrofit.environment import packages
 
     source = resolve(checkpoint)
-    model, tokenizer = load_source(source).eval(), load_tokenizer(source)
+    model, tokenizer = load_source(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     start = time.monotonic()
     if task == "maze":

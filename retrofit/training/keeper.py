@@ -199,7 +199,11 @@ class Keeper:
             ValueError: a tensor is missing, surplus or misshapen (count and first names).
         """
         engine = self.engine
-        shapes = {f"{kind}/{name}": self.begin.shape(name) for kind in engine.kinds for name, _ in engine.parameters}
+        shapes = {
+            f"{kind}/{name}": tuple(self.begin.weights.shapes[name])
+            for kind in engine.kinds
+            for name, _ in engine.parameters
+        }
         wrong = sorted(
             key for key in shapes.keys() | tensors.shapes.keys() if shapes.get(key) != tensors.shapes.get(key)
         )

@@ -50,6 +50,7 @@ class Start:
     Attributes:
         model: on the meta device, frozen weights in `dtype`, trainable ones in float32.
         weights: of the model's parameters.
+        trainable: names of the parameters that are trained, in the model's order.
         dtype: of frozen weights, and of full weights where they are written.
         adapter: the factors' shape, or None if all weights are trained.
         base: what an adapter names as its base: (path or Hub id, revision).
@@ -70,20 +71,14 @@ class Start:
     parent: dict[str, str] = field(default_factory=dict)
     base_digest: str | None = None
     merged_base: Weights | None = None
+    trainable: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
-        # Counted now: an engine may lay the parameters out anew.
-        self._counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
-        self._trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def read(self, name: str) -> Tensor:
         """The values that the model's parameter starts with (see `Weights.read`)."""
         return self.weights.read(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the model's parameter, however an engine has laid it out since."""
-        return self._shapes[name]
 
     def digest_base(self) -> None:
         """Takes the digest of the frozen weights under an adapter, which a resumed run must find again."""
@@ -96,7 +91,7 @@ class Start:
 
     def shares(self, world_size: int) -> dict[str, int]:
         """Trainable parameter's name -> the rank that writes it, weights and training state alike."""
-        return share_of({name: self.weights.sizes[name] for name in self._trainable}, world_size)
+        return share_of({name: self.weights.shapes[name].numel() for name in self.trainable}, world_size)
 
     def files(self, values: Mapping[str, Tensor], rank: int = 0, world_size: int = 1) -> Files:
         """The files by which a checkpoint loads by itself, as far as this rank writes them.
@@ -124,7 +119,7 @@ class Start:
         if values:
             files[shard_name(rank + 1, world_size)] = {name: tensor.to(self.dtype) for name, tensor in values.items()}
         if rank == 0 and world_size > 1:
-            total = sum(self.weights.sizes.values()) // torch.float32.itemsize * self.dtype.itemsize
+            total = sum(self.weights.shapes[name].numel() for name in shares) * self.dtype.itemsize
             files[INDEX_FILE] = index(
                 {name: shard_name(owner + 1, world_size) for name, owner in shares.items()}, total
             )
@@ -150,8 +145,9 @@ class Start:
 
     def describe(self) -> str:
         """One line: class, trainable and total parameters."""
-        trainable = sum(count for count, is_trained in self._counts if is_trained)
-        total = sum(count for count, _ in self._counts)
+        # Not counted on the model: an engine may have cut its parameters up.
+        counts = {name: shape.numel() for name, shape in self.weights.shapes.items()}
+        trainable, total = sum(counts[name] for name in self.trainable), sum(counts.values())
         share = f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})"
         return f"{type(self.model).__name__} from {self.source.name}: {share}"
 
@@ -223,6 +219,7 @@ def _retrofitted(recipe: Recipe, store: TokenStore, source: Source, config: LLaD
 
 
 def _finish(model: Any, recipe: Recipe) -> None:
+    model.eval()  # until the loop says otherwise: dropout draws nothing before the first step
     adapters.select_trainable(model)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -136,16 +136,16 @@ def test_an_adapter_that_does_not_fit_is_refused_with_count_and_names(toy: Path,
 
     save_file({("x." + k if k == key else k): v for k, v in good.items()}, file)
     with pytest.raises(ValueError, match=r"1 unmatched keys \(x\.base.*1 missing keys \(base_model.*q_proj.lora_B"):
-        adapters.load_adapter_weights(model, tmp_path)
+        adapters.adapter_readers(model, tmp_path)
     save_file({k: v for k, v in good.items() if k != key}, file)
     with pytest.raises(ValueError, match=r"does not fit its base: 1 missing keys"):
-        adapters.load_adapter_weights(model, tmp_path)
+        adapters.adapter_readers(model, tmp_path)
     save_file({**good, key: good[key][:1].clone()}, file)
     with pytest.raises(ValueError, match="1 misshapen keys"):
-        adapters.load_adapter_weights(model, tmp_path)
+        adapters.adapter_readers(model, tmp_path)
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        adapters.load_adapter_weights(model, tmp_path)
+        adapters.adapter_readers(model, tmp_path)
 
 
 def test_features_of_peft_that_are_not_supported_are_refused(toy: Path, tmp_path: Path) -> None:
