@@ -75,7 +75,7 @@ def _message(error: Exception) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line; `run` is the verb's function. Unusable arguments are a ValueError."""
     parser = build_parser()
-    if arguments[:1] != ["train"]:
+    if arguments[:1] not in (["train"], ["validate"]):
         return parser.parse_args(arguments)
     arguments, overrides = split_overrides(arguments)
     options, unknown = parser.parse_known_args(arguments)
@@ -168,6 +168,19 @@ def build_parser() -> argparse.ArgumentParser:
             "retrofit train recipe.yaml --training.max_steps 1000 --optimizer.learning_rate 1e-4\n"
             "  accelerate launch --config_file launch/accelerate/ddp.yaml -m retrofit.train recipe.yaml",
             add_help=False,
+        )
+    )
+    _add_validate(
+        verb(
+            "validate",
+            _validate,
+            "check a recipe, its launch, data, model and disk before the run stands in a queue",
+            "retrofit validate recipe.yaml --launch launch/accelerate/ddp.yaml --num_processes 2",
+        )
+    )
+    _add_verify(
+        verb(
+            "verify", _verify, "say which checkpoints of a run are good, and why others are not", "retrofit verify run"
         )
     )
     _add_generate(
@@ -312,6 +325,36 @@ def _train(options: argparse.Namespace) -> None:
 
         request = Request(options.resume_from, options.fresh, tuple(options.override))
         train(recipe, request, outcome=outcome, guard=guard)
+
+
+# -------------------------------------------------------------------------------------------------- validate and verify
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
+    parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
+    parser.add_argument("--num_processes", type=int, help="number of processes (default: the launch file's)")
+    parser.add_argument("--offline", action="store_true", help="leave out what needs the Hub")
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from retrofit.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from retrofit.validate import validate
+
+    validate(recipe, launch=options.launch, num_processes=options.num_processes, offline=options.offline)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="run directory, checkpoint or final/")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from retrofit.checkpoints.verify import verify
+
+    verify(options.path)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

@@ -23,6 +23,7 @@ from retrofit.recipe import Recipe, dump_recipe, load_recipe
 from . import start
 from .guard import announce
 from .log import check_trackers
+from .preflight import check_space
 from .processes import Processes
 from .run_directory import RunDirectory
 from .samples import encode_prompts
@@ -235,6 +236,9 @@ def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTra
 def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, opened: Opened) -> None:
     """Writes what stands in a run before its first step, and sets aside what will be done again."""
     announce(begin.describe())
+    warning = check_space(begin, recipe)
+    if warning:
+        announce(warning)
     resumed = opened.resumed
     step = 0 if resumed is None else checkpoint.read_record(resumed)["step"]
     for later in checkpoint.steps_present(run.checkpoints):

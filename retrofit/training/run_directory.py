@@ -61,6 +61,28 @@ class RunDirectory:
             ValueError: a live process holds it (named), or the directory holds something that is not a run.
             OSError: it cannot be made or written.
         """
+        self._refuse_foreign()
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock_file(descriptor)
+        previous = os.pread(descriptor, 4096, 0)
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
+        self._lock = descriptor
+        checkpoint.remove_temporaries(self.checkpoints)
+        checkpoint.remove_temporaries(self.path)
+        return _describe_holder(previous) if previous.strip() else None
+
+    def check_free(self) -> None:
+        """Refuses a directory that `acquire` would refuse, without taking or making it (ValueError)."""
+        self._refuse_foreign()
+        if (self.path / LOCK).is_file():
+            descriptor = os.open(self.path / LOCK, os.O_RDWR)
+            self._lock_file(descriptor)
+            os.close(descriptor)
+
+    def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"training.output_dir: {self.path} is a file; choose another directory")
         if self.path.is_dir() and not self.holds_run():
@@ -73,8 +95,8 @@ class RunDirectory:
                 raise ValueError(
                     f"training.output_dir: {self.path} holds {foreign[0]} and is not a run; choose another directory"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def _lock_file(self, descriptor: int) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -83,14 +105,6 @@ class RunDirectory:
             raise ValueError(
                 f"training.output_dir: {self.path} is in use by {holder}; wait for it, stop it, or choose another"
             ) from None
-        previous = os.pread(descriptor, 4096, 0)
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
-        self._lock = descriptor
-        checkpoint.remove_temporaries(self.checkpoints)
-        checkpoint.remove_temporaries(self.path)
-        return _describe_holder(previous) if previous.strip() else None
 
     def release(self) -> None:
         """Lets others have the directory. The empty lock file stays: deleting it could split a lock in two."""

@@ -1,0 +1,84 @@
+"""The 8B recipes, built on the meta device: parsed, counted, and sized, without a byte of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retrofit.checkpoints import adapters, loading
+from retrofit.checkpoints.loading import Source
+from retrofit.checkpoints.weights import Weights
+from retrofit.flexmdm import FlexMDMConfig
+from retrofit.flexmdm.modeling import NEW_MODULES
+from retrofit.recipe import Recipe, load_recipe
+from retrofit.sections import FLEXMDM_FIELDS
+from retrofit.training.preflight import checkpoint_bytes
+from retrofit.training.start import Start, _finish, _settings
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "llada-8b"
+LLADA = 8_015_581_184
+
+
+def begin(recipe: Recipe) -> Start:
+    """What `start.from_recipe` makes of the recipe, but for the weights' whereabouts."""
+    given = {name: getattr(recipe.model, name) for name in FLEXMDM_FIELDS if getattr(recipe.model, name) is not None}
+    frozen = torch.bfloat16 if recipe.lora is not None else torch.float32
+    model: Any = loading.on_meta(FlexMDMConfig(**given), frozen)
+    settings = _settings(recipe) if recipe.lora is not None else None
+    if settings is not None:
+        adapters.inject(model, settings)
+    _finish(model, recipe)
+    readers = {name: torch.empty for name, _ in model.named_parameters()}
+    source = Source("full", Path("absent"), recipe.model.init_from)
+    return Start(model, Weights(model, readers), torch.bfloat16, settings, ("absent", None), {}, source)  # type: ignore[arg-type]
+
+
+def test_the_lora_recipe_trains_what_the_paper_trains() -> None:
+    """d = 4096, V = 126,464, r = 128, hidden 16,384, four groups of eight blocks, time embedding of width e = d.
+
+    Factors: 32 blocks x 3 maps x 128 (d + d) = 100,663,296; head: 128 (d + V) = 16,711,680.
+    New modules: e 16,384 + 16,384 + 16,384 d + d; 4 (d 2d + 2d); flags 2 d; head norm 2 d, d d + d, d + 1.
+    """
+    recipe = load_recipe(FOLDER / "transfer.yaml")
+    start = begin(recipe)
+    d, e, hidden = 4096, start.model.config.time_embedding_size, 16_384
+    new = (e * hidden + hidden + hidden * d + d) + 4 * (d * 2 * d + 2 * d) + 2 * d + 2 * d + (d * d + d) + (d + 1)
+    trained = sum(start.weights.shapes[name].numel() for name in start.trainable)
+    assert trained == 100_663_296 + 16_711_680 + new == 402_665_473
+    assert sum(start.weights.shapes[name].numel() for name in start.trainable if name.split(".")[0] in NEW_MODULES) == (
+        new
+    )
+    assert all(parameter.is_meta for parameter in start.model.parameters())
+    # Master and two moments, and the adapter beside them: 16 bytes a trained parameter.
+    sizes = checkpoint_bytes(start, average=False)
+    assert sizes.checkpoint == pytest.approx(16 * trained, rel=1e-3) and 6.4e9 < sizes.checkpoint < 6.5e9
+
+
+def test_the_full_recipe_trains_all_weights_and_its_checkpoints_are_116_gigabytes() -> None:
+    start = begin(load_recipe(FOLDER / "transfer-full.yaml"))
+    trained = sum(start.weights.shapes[name].numel() for name in start.trainable)
+    assert trained == LLADA + 285_290_497
+    sizes = checkpoint_bytes(start, average=False)
+    assert sizes.state == pytest.approx(12 * trained, rel=1e-4) and sizes.weights == pytest.approx(
+        2 * trained, rel=1e-4
+    )
+    assert 116e9 < sizes.checkpoint < 116.5e9
+    shares = start.shares(16)
+    loads = [0] * 16
+    for name, rank in shares.items():
+        loads[rank] += start.weights.sizes[name]
+    assert max(loads) / (sum(loads) / 16) < 1.05
+
+
+@pytest.mark.parametrize("name", ["transfer", "transfer-full"])
+def test_the_launch_files_fit_the_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrofit.validate import check_launch_file, read_launch
+
+    monkeypatch.chdir(FOLDER.parents[1])
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    for engine in ("ddp",) if name == "transfer" else ("zero1", "zero2", "zero3", "fsdp2"):
+        path = Path(f"launch/accelerate/{engine}.yaml")
+        assert "16 processes" in check_launch_file({**read_launch(path), "num_processes": 16}, path, recipe)
