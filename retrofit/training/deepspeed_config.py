@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,13 @@ _THE_RECIPES = {
     "data_efficiency": "the recipe",
     "curriculum_learning": "the recipe",
 }
+
+_UNSUPPORTED: dict[str, int | bool] = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+}
+"""Settings of zero_optimization -> the value that leaves them off."""
 
 
 def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -39,16 +47,15 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
             return
         if isinstance(value, str):
             refuse(name, f'expected {what}, found the text "{value}"; write it without quotes, or "auto"')
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            refuse(name, f"expected {what}, found {value!r}")
+        elif not _is_number(value) or (kind is int and not isinstance(value, int)):
+            refuse(name, f'expected {what}, found {json.dumps(value)}; write "auto"')
         elif value != right:
             refuse(name, f'is {value}, but {why}; write "auto"')
 
     section = recipe.training
     norm = recipe.optimizer.max_grad_norm or 0.0
-    number(
-        "gradient_clipping", float, norm, f"the recipe's optimizer.max_grad_norm is {recipe.optimizer.max_grad_norm}"
-    )
+    stated = "null" if recipe.optimizer.max_grad_norm is None else norm
+    number("gradient_clipping", float, norm, f"the recipe's optimizer.max_grad_norm is {stated}")
     number(
         "gradient_accumulation_steps", int, 1, "micro-batches follow training.max_tokens_per_device, so it must be 1"
     )
@@ -56,35 +63,36 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
         number("train_micro_batch_size_per_gpu", int, 1, "the recipe decides it by training.max_tokens_per_device")
     else:
         batch = section.per_device_train_batch_size
-        number("train_micro_batch_size_per_gpu", int, batch, f"training.per_device_train_batch_size is {batch}")
+        why = f"the recipe's training.per_device_train_batch_size is {batch}"
+        number("train_micro_batch_size_per_gpu", int, batch, why)
     documents = section.documents_per_step
-    number("train_batch_size", int, documents, f"training.documents_per_step is {documents}")
+    number("train_batch_size", int, documents, f"the recipe's training.documents_per_step is {documents}")
     for name, instead in _THE_RECIPES.items():
         if name in config:
             refuse(name, f"the recipe decides this; remove it and use {instead}")
     for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         part = config.get(name, {})
         enabled = part.get("enabled", False) if isinstance(part, Mapping) else part
-        if enabled not in (False, "auto"):
+        if enabled is not False and enabled != "auto":
             refuse(
                 name, "retrofit autocasts over float32 weights itself; remove it and set training.bf16 in the recipe"
             )
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage") if isinstance(zero, Mapping) else None
-    if stage not in (1, 2, 3) or isinstance(stage, bool):
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, Mapping) else {}
+    stage = zero.get("stage")
+    if isinstance(stage, str):
+        refuse("zero_optimization.stage", f'expected an integer, found the text "{stage}"; write it without quotes')
+    elif not _is_number(stage) or stage not in (1, 2, 3):
         refuse(
             "zero_optimization.stage",
-            f"is {stage!r}; use 1, 2 or 3, or launch/accelerate/ddp.yaml for training without ZeRO",
+            f"is {json.dumps(stage)}; use 1, 2 or 3, or launch/accelerate/ddp.yaml for training without ZeRO",
         )
-    else:
-        for name in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
-                refuse(
-                    f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices"
-                )
-        for name in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
-            if zero.get(name, 1) not in (1, False):
-                refuse(f"zero_optimization.{name}", "is not supported; for sharding within nodes use FSDP2")
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
+            refuse(f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices")
+    for name, off in _UNSUPPORTED.items():
+        if zero.get(name, off) not in (off, "auto"):
+            refuse(f"zero_optimization.{name}", "is not supported; remove it (FSDP2 shards within nodes)")
     if problems:
         raise ValueError("\n".join(problems))
     kept = {name: value for name, value in config.items() if name not in ("bf16", "bfloat16", "fp16", "torch_autocast")}
@@ -106,3 +114,7 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
     if left:
         raise ValueError(f'{source}: {", ".join(left)}: "auto" has no meaning here; give a value or remove it')
     return resolved
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
