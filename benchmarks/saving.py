@@ -2,8 +2,8 @@
 
     python -m benchmarks.saving --gigabytes 2 --directory runs/benchmark
 
-The state is one rank's share: float32 tensors of 64 MiB. "Stall" is what training waits for: the copy of the state beside
-which the writing goes on; "synchronous" is the same save waited for.
+The state is one rank's share: float32 tensors of 64 MiB. "Stall" is what training waits for: the copy of the state,
+beside which the writing goes on; "synchronous" is the same save waited for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launch files: accelerate's own parser is given every command of their headers, and what ranks would be told is read."""
+"""The launch files, as `accelerate launch` reads them; a mistake there costs a place in a queue."""
 
 import re
 import shlex
