@@ -334,7 +334,6 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
     parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
     parser.add_argument("--num_processes", type=int, help="number of processes (default: the launch file's)")
-    parser.add_argument("--offline", action="store_true", help="leave out what needs the Hub")
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -344,7 +343,7 @@ def _validate(options: argparse.Namespace) -> None:
 
     from retrofit.validate import validate
 
-    validate(recipe, launch=options.launch, num_processes=options.num_processes, offline=options.offline)
+    validate(recipe, launch=options.launch, num_processes=options.num_processes)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -31,13 +31,12 @@ class _Skipped(Exception):
     """A check cannot be made here; the message says why."""
 
 
-def validate(recipe: Recipe, *, launch: Path | None, num_processes: int | None, offline: bool) -> None:
+def validate(recipe: Recipe, *, launch: Path | None, num_processes: int | None) -> None:
     """Prints one line a check.
 
     Args:
         launch: accelerate config file, or None for a run of one process.
         num_processes: instead of the launch file's.
-        offline: leave out what needs the Hub.
 
     Raises:
         ValueError: there are problems (how many; each has been printed).
@@ -91,8 +90,8 @@ def validate(recipe: Recipe, *, launch: Path | None, num_processes: int | None, 
     def model() -> str:
         if "store" not in found:
             raise _Skipped("without the data")
-        if offline and not Path(recipe.model.init_from).exists():
-            raise _Skipped(f"{recipe.model.init_from} is not here (--offline)")
+        if not Path(recipe.model.init_from).exists() and not is_cached(recipe.model.init_from, recipe.model.revision):
+            raise _Skipped(f"{recipe.model.init_from} is neither a directory here nor in this machine's Hub cache")
         begin = found["begin"] = start.from_recipe(recipe, found["store"])
         return begin.describe()
 
@@ -121,6 +120,18 @@ def validate(recipe: Recipe, *, launch: Path | None, num_processes: int | None, 
     check("space", space)
     if problems:
         raise ValueError(f"{problems} problem{'s' if problems > 1 else ''}, see above")
+
+
+def is_cached(name: str, revision: str | None) -> bool:
+    """Whether a Hub id has been downloaded; asks no network, and downloads nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return False
+    return True
 
 
 def read_launch(path: Path) -> dict[str, Any]:
