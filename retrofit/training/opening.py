@@ -23,6 +23,7 @@ from retrofit.recipe import Recipe, dump_recipe, load_recipe
 from . import start
 from .guard import announce
 from .log import check_trackers
+from .preflight import check_space, checkpoint_bytes
 from .processes import Processes
 from .run_directory import RunDirectory
 from .samples import encode_prompts
@@ -215,6 +216,13 @@ def check_base(begin: Start, resumed: Path | None) -> None:
             f"{begin.base[0]}: these are not the weights that the adapter in {resumed} was trained over; "
             "put the base back to resume, or choose another training.output_dir"
         )
+
+
+def check_disk(recipe: Recipe, run: RunDirectory, begin: Start) -> None:
+    """Refuses a disk on which not even one checkpoint fits; warns of one that will be full (see `check_space`)."""
+    size = checkpoint_bytes(begin.model, begin.adapter, begin.dtype, ema=recipe.training.ema_decay is not None)
+    for warning in check_space(run.path, size, recipe.training, base=begin.merged_bytes()):
+        announce(warning)
 
 
 def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTrainedTokenizerBase | None]:
