@@ -10,6 +10,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
 
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
 
 def headers(path):
     """The launch commands of a file's header."""
@@ -29,7 +31,7 @@ def told(command, monkeypatch):
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     words = shlex.split(command.replace("--machine_rank R", "--machine_rank 1"))
     args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words[2:]))
-    assert (args.module, args.training_script, args.training_script_args) == (True, "retrofit.train", ["recipe.yaml"])
+    assert (args.module, args.training_script, len(args.training_script_args)) == (True, "retrofit.train", 1)
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ""  # launch_command sets it
         return args, prepare_deepspeed_cmd_env(args)[1]
@@ -69,6 +71,15 @@ def test_hybrid_sharding_reaches_the_ranks(monkeypatch):
     _, environment = told(command, monkeypatch)
     assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
     assert [environment[f"PARALLELISM_CONFIG_DP_{size}_SIZE"] for size in ("REPLICATE", "SHARD")] == ["2", "8"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_launch_lines_of_a_recipe_are_taken_by_accelerate(path, monkeypatch):
+    for command in headers(path):
+        args, _ = told(command, monkeypatch)
+        assert Path(args.config_file) in [file.relative_to(ROOT) for file in FILES]
+        assert args.training_script_args == [str(path.relative_to(ROOT))]
+        assert (args.num_machines or 1, args.num_processes) in [(1, 2), (2, 16)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
