@@ -75,7 +75,7 @@ def _message(error: Exception) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line; `run` is the verb's function. Unusable arguments are a ValueError."""
     parser = build_parser()
-    if arguments[:1] != ["train"]:
+    if arguments[:1] not in (["train"], ["validate"]):
         return parser.parse_args(arguments)
     arguments, overrides = split_overrides(arguments)
     options, unknown = parser.parse_known_args(arguments)
@@ -168,6 +168,14 @@ def build_parser() -> argparse.ArgumentParser:
             "retrofit train recipe.yaml --training.max_steps 1000 --optimizer.learning_rate 1e-4\n"
             "  accelerate launch --config_file launch/accelerate/ddp.yaml -m retrofit.train recipe.yaml",
             add_help=False,
+        )
+    )
+    _add_validate(
+        verb(
+            "validate",
+            _validate,
+            "check a recipe, and all that it names, before it is trained",
+            "retrofit validate recipe.yaml --launch launch/accelerate/zero3.yaml --num_processes 16",
         )
     )
     _add_generate(
@@ -312,6 +320,23 @@ def _train(options: argparse.Namespace) -> None:
 
         request = Request(options.resume_from, options.fresh, tuple(options.override))
         train(recipe, request, outcome=outcome, guard=guard)
+
+
+# ------------------------------------------------------------------------------------------------------------- validate
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file")
+    parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config file to launch the recipe with")
+    parser.add_argument("--num_processes", metavar="N", type=int, help="processes of all machines (default: FILE's)")
+    parser.usage = "retrofit validate RECIPE [--launch FILE] [--num_processes N] [--section.field VALUE ...] [--debug]"
+
+
+def _validate(options: argparse.Namespace) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: what the cache has is checked
+    from retrofit.validate import validate
+
+    validate(options.recipe, options.overrides, launch=options.launch, num_processes=options.num_processes)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

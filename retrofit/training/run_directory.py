@@ -8,6 +8,7 @@ an earlier step than the log has reached, the later lines are set aside in `log-
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -61,6 +62,44 @@ class RunDirectory:
             ValueError: a live process holds it (named), or the directory holds something that is not a run.
             OSError: it cannot be made or written.
         """
+        self._refuse_foreign()
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock_file(descriptor)
+        except ValueError:
+            os.close(descriptor)
+            raise
+        previous = os.pread(descriptor, 4096, 0)
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
+        self._lock = descriptor
+        checkpoint.remove_temporaries(self.checkpoints)
+        checkpoint.remove_temporaries(self.path)
+        return _describe_holder(previous) if previous.strip() else None
+
+    def look(self) -> Path:
+        """Refuses what `acquire` would, and changes nothing; returns the path.
+
+        Raises:
+            ValueError: as `acquire`. OSError: the directory, or the one it would be made in, cannot be written.
+        """
+        self._refuse_foreign()
+        place = self.path.resolve()
+        while not place.is_dir():
+            place = place.parent
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "training.output_dir cannot be written", str(place))
+        if (self.path / LOCK).is_file():
+            descriptor = os.open(self.path / LOCK, os.O_RDWR)
+            try:
+                self._lock_file(descriptor)
+            finally:
+                os.close(descriptor)
+        return self.path
+
+    def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"training.output_dir: {self.path} is a file; choose another directory")
         if self.path.is_dir() and not self.holds_run():
@@ -73,24 +112,15 @@ class RunDirectory:
                 raise ValueError(
                     f"training.output_dir: {self.path} holds {foreign[0]} and is not a run; choose another directory"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def _lock_file(self, descriptor: int) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             holder = _describe_holder(os.pread(descriptor, 4096, 0))
-            os.close(descriptor)
             raise ValueError(
                 f"training.output_dir: {self.path} is in use by {holder}; wait for it, stop it, or choose another"
             ) from None
-        previous = os.pread(descriptor, 4096, 0)
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
-        self._lock = descriptor
-        checkpoint.remove_temporaries(self.checkpoints)
-        checkpoint.remove_temporaries(self.path)
-        return _describe_holder(previous) if previous.strip() else None
 
     def release(self) -> None:
         """Lets others have the directory. The empty lock file stays: deleting it could split a lock in two."""
