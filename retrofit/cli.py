@@ -174,8 +174,13 @@ def build_parser() -> argparse.ArgumentParser:
         verb(
             "validate",
             _validate,
-            "check a recipe, and all that it names, before it is trained",
-            "retrofit validate recipe.yaml --launch launch/accelerate/zero3.yaml --num_processes 16",
+            "check a recipe, its launch, data, model and disk before the run stands in a queue",
+            "retrofit validate recipe.yaml --launch launch/accelerate/ddp.yaml --num_processes 2",
+        )
+    )
+    _add_verify(
+        verb(
+            "verify", _verify, "say which checkpoints of a run are good, and why others are not", "retrofit verify run"
         )
     )
     _add_generate(
@@ -322,21 +327,34 @@ def _train(options: argparse.Namespace) -> None:
         train(recipe, request, outcome=outcome, guard=guard)
 
 
-# ------------------------------------------------------------------------------------------------------------- validate
+# -------------------------------------------------------------------------------------------------- validate and verify
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file")
-    parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config file to launch the recipe with")
-    parser.add_argument("--num_processes", metavar="N", type=int, help="processes of all machines (default: FILE's)")
-    parser.usage = "retrofit validate RECIPE [--launch FILE] [--num_processes N] [--section.field VALUE ...] [--debug]"
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
+    parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
+    parser.add_argument("--num_processes", type=int, help="number of processes (default: the launch file's)")
+    parser.add_argument("--offline", action="store_true", help="leave out what needs the Hub")
 
 
 def _validate(options: argparse.Namespace) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: what the cache has is checked
+    from retrofit.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
     from retrofit.validate import validate
 
-    validate(options.recipe, options.overrides, launch=options.launch, num_processes=options.num_processes)
+    validate(recipe, launch=options.launch, num_processes=options.num_processes, offline=options.offline)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT", type=Path, help="run directory, checkpoint or final/")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from retrofit.checkpoints.verify import verify
+
+    verify(options.path)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

@@ -1,110 +1,84 @@
-"""The recipes for LLaDA-8B: the models that they train are built on the meta device, and counted.
+"""The 8B recipes, built on the meta device: parsed, counted, and sized, without a byte of weights."""
 
-What LLaDA-8B has: 32 blocks of d 4096, MLP 12288, vocabulary 126464, in all 8,015,581,184 parameters. The new modules:
+from __future__ import annotations
 
-    time MLP      4096 -> 16384 -> 4096:  4096 * 16384 + 16384 + 16384 * 4096 + 4096      134,238,208
-    modulations   one 4096 -> 8192 for each 8 of 32 blocks:  4 * (4096 * 8192 + 8192)     134,250,496
-    flags         2 -> 4096, no bias                                                            8,192
-    insertion     LayerNorm 2 * 4096, 4096 -> 4096, 4096 -> 1                              16,793,601
-                                                                                          285,290,497
-    LoRA factors of rank 128:
-    q, k, v       32 * 3 * 128 * (4096 + 4096)                                            100,663,296
-    the head      128 * (4096 + 126464)                                                    16,711,680
-                                                                                          117,374,976
-"""
-
-import json
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from retrofit.data.store import TokenStore
-from retrofit.flexmdm import LLaDAConfig, LLaDAForMaskedDiffusion
-from retrofit.recipe import load_recipe
-from retrofit.training import start
-from retrofit.training.preflight import checkpoint_bytes, checkpoints_at_once
+from retrofit.checkpoints import adapters, loading
+from retrofit.checkpoints.loading import Source
+from retrofit.checkpoints.weights import Weights
+from retrofit.flexmdm import FlexMDMConfig
+from retrofit.flexmdm.modeling import NEW_MODULES
+from retrofit.recipe import Recipe, load_recipe
+from retrofit.sections import FLEXMDM_FIELDS
+from retrofit.training.preflight import checkpoint_bytes
+from retrofit.training.start import Start, _finish, _settings
 
-ROOT = Path(__file__).parents[1]
-BASE, NEW, FACTORS = 8_015_581_184, 285_290_497, 117_374_976
-
-
-@pytest.fixture(scope="session")
-def llada_8b(toy, tmp_path_factory):
-    """LLaDA-8B in the released layout but for its token ids, its 16 GB of weights a hole in the file."""
-    directory = tmp_path_factory.mktemp("llada-8b")
-    ids = json.loads((toy / "model/config.json").read_text())
-    config = LLaDAConfig(**{name: ids[name] for name in ("mask_token_id", "pad_token_id", "eos_token_id")})
-    with torch.device("meta"):
-        model = LLaDAForMaskedDiffusion(config)
-    config.save_pretrained(directory)
-    header, end = {}, 0
-    for name, parameter in model.named_parameters():
-        begin, end = end, end + 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    assert end == 2 * BASE and os.stat(file.name).st_blocks * 512 < 10**6
-    return directory
+FOLDER = Path(__file__).parents[1] / "recipes" / "llada-8b"
+LLADA = 8_015_581_184
 
 
-@pytest.fixture
-def begin(llada_8b, toy):
-    """The start of a recipe, and the recipe."""
-
-    def begin(name):
-        options = [f"--model.init_from={llada_8b}", f"--data.path={toy / 'store'}"]
-        recipe = load_recipe(ROOT / f"recipes/llada-8b/{name}.yaml", options)
-        return start.from_recipe(recipe, TokenStore.open(toy / "store")), recipe
-
-    return begin
-
-
-@pytest.mark.parametrize(
-    ("name", "trainable", "total", "weights_itemsize", "at_once"),
-    [
-        ("transfer", NEW + FACTORS, BASE + NEW + FACTORS, 4, 3 + 1 + 4),  # the paper's 403 million
-        ("transfer-full", BASE + NEW, BASE + NEW, 2, 2 + 1),
-    ],
-)
-def test_parameters_and_checkpoints_are_those_derived_by_hand(begin, name, trainable, total, weights_itemsize, at_once):
-    started, recipe = begin(name)
-    parameters = list(started.model.parameters())
-    assert all(parameter.is_meta for parameter in parameters)
-    assert sum(parameter.numel() for parameter in parameters) == total
-    assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == trainable
-    size = checkpoint_bytes(started.model, started.adapter, started.dtype, ema=recipe.training.ema_decay is not None)
-    assert size.state == 3 * 4 * trainable  # master and two moments, float32
-    assert size.weights == weights_itemsize * trainable
-    assert checkpoints_at_once(recipe.training) == at_once
+def begin(recipe: Recipe) -> Start:
+    """What `start.from_recipe` makes of the recipe, but for the weights' whereabouts."""
+    given = {name: getattr(recipe.model, name) for name in FLEXMDM_FIELDS if getattr(recipe.model, name) is not None}
+    frozen = torch.bfloat16 if recipe.lora is not None else torch.float32
+    model: Any = loading.on_meta(FlexMDMConfig(**given), frozen)
+    settings = _settings(recipe) if recipe.lora is not None else None
+    if settings is not None:
+        adapters.inject(model, settings)
+    _finish(model, recipe)
+    readers = {name: torch.empty for name, _ in model.named_parameters()}
+    source = Source("full", Path("absent"), recipe.model.init_from)
+    return Start(model, Weights(model, readers), torch.bfloat16, settings, ("absent", None), {}, source)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "figures"),
-    [
-        ("transfer", ["6.44 GB", "1.61 GB", "6.4 GB"]),
-        ("transfer-full", ["116 GB", "16.6 GB", "133 GB", "16.6 GB", "8.3 GB"]),
-    ],
-)
-def test_the_sizes_in_the_header_are_those_of_the_model(name, figures):
-    trainable = NEW + (FACTORS if name == "transfer" else BASE)
-    training = 16 * trainable / 1e9  # weights, gradients and two moments in float32
-    counted = {
-        "transfer": [16 * trainable / 1e9, 4 * trainable / 1e9, training],
-        "transfer-full": [14 * trainable / 1e9, 2 * trainable / 1e9, training, training / 8, training / 16],
-    }[name]
-    header = (ROOT / f"recipes/llada-8b/{name}.yaml").read_text().split("\nmodel:")[0]
-    for figure, value in zip(figures, counted, strict=True):
-        assert figure in header and float(figure.split()[0]) == pytest.approx(value, rel=0.02)
+def test_the_lora_recipe_trains_what_the_paper_trains() -> None:
+    """d = 4096, V = 126,464, r = 128, hidden 16,384, four groups of eight blocks, time embedding of width e = d.
+
+    Factors: 32 blocks x 3 maps x 128 (d + d) = 100,663,296; head: 128 (d + V) = 16,711,680.
+    New modules: e 16,384 + 16,384 + 16,384 d + d; 4 (d 2d + 2d); flags 2 d; head norm 2 d, d d + d, d + 1.
+    """
+    recipe = load_recipe(FOLDER / "transfer.yaml")
+    start = begin(recipe)
+    d, e, hidden = 4096, start.model.config.time_embedding_size, 16_384
+    new = (e * hidden + hidden + hidden * d + d) + 4 * (d * 2 * d + 2 * d) + 2 * d + 2 * d + (d * d + d) + (d + 1)
+    trained = sum(start.weights.shapes[name].numel() for name in start.trainable)
+    assert trained == 100_663_296 + 16_711_680 + new == 402_665_473
+    assert sum(start.weights.shapes[name].numel() for name in start.trainable if name.split(".")[0] in NEW_MODULES) == (
+        new
+    )
+    assert all(parameter.is_meta for parameter in start.model.parameters())
+    # Master and two moments, and the adapter beside them: 16 bytes a trained parameter.
+    sizes = checkpoint_bytes(start, average=False)
+    assert sizes.checkpoint == pytest.approx(16 * trained, rel=1e-3) and 6.4e9 < sizes.checkpoint < 6.5e9
 
 
-def test_a_step_fits_the_ranks_that_the_headers_name():
-    for name, window in (("transfer", 1024), ("transfer-full", 768)):
-        recipe = load_recipe(ROOT / f"recipes/llada-8b/{name}.yaml")
-        training = recipe.training
-        training.check_world_size(16)
-        assert recipe.objective.window == window and training.documents_per_step % 16 == 0
-        assert training.max_tokens_per_device % (window + 1) == 0
+def test_the_full_recipe_trains_all_weights_and_its_checkpoints_are_116_gigabytes() -> None:
+    start = begin(load_recipe(FOLDER / "transfer-full.yaml"))
+    trained = sum(start.weights.shapes[name].numel() for name in start.trainable)
+    assert trained == LLADA + 285_290_497
+    sizes = checkpoint_bytes(start, average=False)
+    assert sizes.state == pytest.approx(12 * trained, rel=1e-4) and sizes.weights == pytest.approx(
+        2 * trained, rel=1e-4
+    )
+    assert 116e9 < sizes.checkpoint < 116.5e9
+    shares = start.shares(16)
+    loads = [0] * 16
+    for name, rank in shares.items():
+        loads[rank] += start.weights.sizes[name]
+    assert max(loads) / (sum(loads) / 16) < 1.05
+
+
+@pytest.mark.parametrize("name", ["transfer", "transfer-full"])
+def test_the_launch_files_fit_the_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrofit.validate import check_launch_file, read_launch
+
+    monkeypatch.chdir(FOLDER.parents[1])
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    for engine in ("ddp",) if name == "transfer" else ("zero1", "zero2", "zero3", "fsdp2"):
+        path = Path(f"launch/accelerate/{engine}.yaml")
+        assert "16 processes" in check_launch_file({**read_launch(path), "num_processes": 16}, path, recipe)

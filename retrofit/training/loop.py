@@ -50,7 +50,6 @@ from .log import Progress, Tracker, describe_loss, open_trackers
 from .opening import (
     Request,
     check_base,
-    check_disk,
     check_recipe,
     load_start,
     open_extras,
@@ -134,7 +133,6 @@ def train(
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
         processes.on_main(lambda: check_base(begin, opened.resumed))
-        processes.on_main(lambda: check_disk(recipe, run, begin))
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
         trainer = Trainer(
             recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer

@@ -23,7 +23,7 @@ from retrofit.recipe import Recipe, dump_recipe, load_recipe
 from . import start
 from .guard import announce
 from .log import check_trackers
-from .preflight import check_space, checkpoint_bytes
+from .preflight import check_space
 from .processes import Processes
 from .run_directory import RunDirectory
 from .samples import encode_prompts
@@ -218,13 +218,6 @@ def check_base(begin: Start, resumed: Path | None) -> None:
         )
 
 
-def check_disk(recipe: Recipe, run: RunDirectory, begin: Start) -> None:
-    """Refuses a disk on which not even one checkpoint fits; warns of one that will be full (see `check_space`)."""
-    size = checkpoint_bytes(begin.model, begin.adapter, begin.dtype, ema=recipe.training.ema_decay is not None)
-    for warning in check_space(run.path, size, recipe.training, base=begin.merged_bytes()):
-        announce(warning)
-
-
 def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTrainedTokenizerBase | None]:
     """The held-out documents and the tokenizer for samples, where the recipe asks for either."""
     held_out, tokenizer = None, None
@@ -243,6 +236,9 @@ def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTra
 def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, opened: Opened) -> None:
     """Writes what stands in a run before its first step, and sets aside what will be done again."""
     announce(begin.describe())
+    warning = check_space(begin, recipe)
+    if warning:
+        announce(warning)
     resumed = opened.resumed
     step = 0 if resumed is None else checkpoint.read_record(resumed)["step"]
     for later in checkpoint.steps_present(run.checkpoints):

@@ -1,97 +1,89 @@
-"""What can be known of a run before it starts: how large its checkpoints are, and whether they fit on the disk."""
+"""What a run will need, known before its first step: bytes of its checkpoints, and whether the disk has room."""
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
+from retrofit.sections import Recipe
 
-from retrofit.checkpoints import checkpoint
-from retrofit.checkpoints.adapters import AdapterSettings
-from retrofit.sections import TrainingSection
+from .start import Start
+
+_SMALL_FILES = 64 << 10  # headers, JSON
 
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Size of one checkpoint, without its few small files: JSON and the tokenizer's.
+    """Sizes on disk, in bytes.
 
     Attributes:
-        state: float32 masters, moments and, with an average, the averaged weights; files of all ranks.
-        weights: what loads by itself; final/ has this alone.
+        state: training state of one checkpoint. weights: what loads by itself, of a checkpoint or of final/.
+        base: a merged base, written once, or 0.
     """
 
     state: int
     weights: int
+    base: int = 0
 
     @property
-    def whole(self) -> int:
+    def checkpoint(self) -> int:
         return self.state + self.weights
 
 
-def checkpoint_bytes(
-    model: nn.Module, adapter: AdapterSettings | None, dtype: torch.dtype, *, ema: bool
-) -> CheckpointBytes:
-    """Counts a checkpoint from shapes alone.
+def checkpoint_bytes(begin: Start, *, average: bool) -> CheckpointBytes:
+    """Bytes of a run's checkpoints, from its model on the meta device alone.
 
-    Args:
-        model: as training starts it, on the meta device: factors injected, what is trained marked.
-        adapter: the factors' shape; they and the new modules are written in float32. None: all weights, in `dtype`.
-        ema: whether averaged weights are kept.
+    The state is float32: master, two moments and, with an average, that. Weights are float32 for an adapter (they are
+    its trainable tensors) and of the recipe's dtype otherwise.
     """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = (4 if ema else 3) * trainable * torch.float32.itemsize
-    return CheckpointBytes(state, trainable * (torch.float32 if adapter is not None else dtype).itemsize)
+    count = {name: shape.numel() for name, shape in begin.weights.shapes.items()}
+    trained = sum(count[name] for name in begin.trainable)
+    small = _SMALL_FILES + sum(len(content) for content in begin.tokenizer_files.values())
+    width = 4 if begin.adapter is not None else begin.dtype.itemsize
+    merged = begin.merged_base
+    base = sum(merged.sizes.values()) + small if merged is not None else 0
+    return CheckpointBytes(4 * (3 + average) * trained + small, width * trained + small, base)
 
 
-def checkpoints_at_once(training: TrainingSection) -> int:
-    """The most checkpoints that a run holds at a time: the new one is whole before an old one goes."""
-    saves = -(-training.max_steps // training.save_steps)
-    if training.save_total_limit is None:
-        return saves
-    for_good = training.max_steps // training.save_every_keep if training.save_every_keep is not None else 0
-    return min(saves, training.save_total_limit + 1 + for_good)
-
-
-def check_space(directory: Path, size: CheckpointBytes, training: TrainingSection, *, base: int = 0) -> list[str]:
-    """Compares the free space of a run directory with what the run is to write there.
-
-    Args:
-        directory: the run's; it need not exist yet. Checkpoints that it holds already take no more space.
-        base: bytes of a merged base that the run is to write first.
+def check_space(begin: Start, recipe: Recipe) -> str | None:
+    """Compares the free space at the output directory with what the run will write there.
 
     Returns:
-        warnings, a line each.
+        a warning, where it has room for some checkpoints but not for all that the recipe keeps.
 
     Raises:
         ValueError: not even one checkpoint and final/ fit.
-        OSError: the space cannot be asked for.
     """
-    place = directory.resolve()
-    while not place.is_dir():
+    section = recipe.training
+    sizes = checkpoint_bytes(begin, average=section.ema_decay is not None)
+    place = Path(section.output_dir).absolute()
+    while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    final = 0 if (directory / "final").is_dir() else size.weights
-    if free < base + size.whole + final:
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    least = sizes.checkpoint + sizes.weights + sizes.base
+    if free < least:
         raise ValueError(
-            f"training.output_dir: {directory} has {gigabytes(free)} free; one checkpoint of {gigabytes(size.whole)} "
-            f"and final/ of {gigabytes(size.weights)}{f' and a merged base of {gigabytes(base)}' if base else ''} do "
-            "not fit; make room, or choose another directory"
+            f"training.output_dir: {place} has {gigabytes(free)} free; one checkpoint takes "
+            f"{gigabytes(sizes.checkpoint)} and final/ {gigabytes(sizes.weights)}; "
+            "free some, or choose another directory"
         )
-    most = checkpoints_at_once(training)
-    to_come = max(1, most - len(checkpoint.steps_present(directory / "checkpoints")))
-    if free < base + to_come * size.whole + final:
-        kept = "all are kept" if training.save_total_limit is None else f"save_total_limit {training.save_total_limit}"
-        return [
-            f"training.output_dir: {directory} has {gigabytes(free)} free, and {to_come} checkpoints of "
-            f"{gigabytes(size.whole)} and final/ are to come ({kept}; a new one is whole before an old one goes): "
-            "the disk will be full before the run is complete; make room, or lower training.save_total_limit"
-        ]
-    return []
+    saves = -(-section.max_steps // section.save_steps)
+    limit = section.save_total_limit
+    # One more than is kept is on disk while the newest is written; those kept for good come on top.
+    most = saves if limit is None else min(saves, limit + 1)
+    if limit is not None and section.save_every_keep is not None:
+        most = min(saves, most + section.max_steps // section.save_every_keep)
+    needed = most * sizes.checkpoint + sizes.weights + sizes.base
+    if free >= needed:
+        return None
+    return (
+        f"{place} has {gigabytes(free)} free, and the run will want {gigabytes(needed)} for {most} checkpoints of "
+        f"{gigabytes(sizes.checkpoint)} and final/; set training.save_total_limit, or saves will fail when it is full"
+    )
 
 
-def gigabytes(size: int) -> str:
-    """`96.2 GB` (10^9 bytes)."""
-    return f"{size / 1e9:.3g} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"
+def gigabytes(count: float) -> str:
+    """`1.23 GB`, or `0.45 MB` for small ones."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

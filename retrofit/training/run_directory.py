@@ -8,7 +8,6 @@ an earlier step than the log has reached, the later lines are set aside in `log-
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -65,11 +64,7 @@ class RunDirectory:
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._lock_file(descriptor)
-        except ValueError:
-            os.close(descriptor)
-            raise
+        self._lock_file(descriptor)
         previous = os.pread(descriptor, 4096, 0)
         record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         os.ftruncate(descriptor, 0)
@@ -79,25 +74,13 @@ class RunDirectory:
         checkpoint.remove_temporaries(self.path)
         return _describe_holder(previous) if previous.strip() else None
 
-    def look(self) -> Path:
-        """Refuses what `acquire` would, and changes nothing; returns the path.
-
-        Raises:
-            ValueError: as `acquire`. OSError: the directory, or the one it would be made in, cannot be written.
-        """
+    def check_free(self) -> None:
+        """Refuses a directory that `acquire` would refuse, without taking or making it (ValueError)."""
         self._refuse_foreign()
-        place = self.path.resolve()
-        while not place.is_dir():
-            place = place.parent
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "training.output_dir cannot be written", str(place))
         if (self.path / LOCK).is_file():
             descriptor = os.open(self.path / LOCK, os.O_RDWR)
-            try:
-                self._lock_file(descriptor)
-            finally:
-                os.close(descriptor)
-        return self.path
+            self._lock_file(descriptor)
+            os.close(descriptor)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -118,6 +101,7 @@ class RunDirectory:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             holder = _describe_holder(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
             raise ValueError(
                 f"training.output_dir: {self.path} is in use by {holder}; wait for it, stop it, or choose another"
             ) from None

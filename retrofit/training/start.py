@@ -143,12 +143,6 @@ class Start:
             checkpoint.write_directory(Path(self.base[0]), write)
             self.merged_base = None
 
-    def merged_bytes(self) -> int:
-        """Size of the merged base that is still to be written."""
-        if self.merged_base is None:
-            return 0
-        return sum(shape.numel() for shape in self.merged_base.shapes.values()) * self.dtype.itemsize
-
     def describe(self) -> str:
         """One line: class, trainable and total parameters."""
         # Not counted on the model: an engine may have cut its parameters up.

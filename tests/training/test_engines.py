@@ -29,6 +29,8 @@ MakeRecipe = Callable[..., Recipe]
 Tensors = dict[str, torch.Tensor]
 
 ROOT = Path(__file__).parents[2]
+MATRIX = os.environ.get("RETROFIT_MATRIX") == "1"
+"""Whether every engine goes on from every other (`make faults`)."""
 ENGINES = ["zero1", "zero2", "zero3", "fsdp2"]
 COMMON = (
     "--training.ema_decay=0.9",
@@ -208,3 +210,58 @@ def test_a_full_disk_on_one_host_costs_a_checkpoint_and_not_the_run(root: Path) 
     assert "step-00000004 could not be saved (rank 1: No space left" in (root / "stderr.txt").read_text()
     whole, again = state(root / "full"), state(root / "full-diskfull")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+# ------------------------------------------------------------------------------------------------- the matrix, in full
+
+BF16 = SCENARIOS["bf16"]
+
+
+@pytest.fixture(scope="session")
+def sources(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs `full` and `bf16` of every engine, DDP too, by two processes; and `chain`: two processes, then one."""
+    roots = {}
+    for engine in ["ddp", *ENGINES]:
+        root = roots[engine] = tmp_path_factory.mktemp(f"source-{engine}")
+        for name, options in (("full", FULL), ("bf16", BF16)):
+            dump_recipe(make(root / name, *options), root / f"{name}.yaml")
+        launch(engine, root, ["full", "bf16"])
+        shutil.copytree(root / "full", root / "chain")
+        shutil.rmtree(root / "chain" / "final")
+        for step in (4, 6):
+            shutil.rmtree(root / "chain" / "checkpoints" / checkpoint.step_name(step))
+        train(make(root / "chain", *FULL))
+        shutil.rmtree(root / "chain" / "checkpoints" / checkpoint.step_name(2))
+    return roots
+
+
+@pytest.mark.skipif(not MATRIX, reason="in make faults")
+@pytest.mark.parametrize("target", ["ddp", *ENGINES])
+def test_every_engine_goes_on_from_every_other(
+    sources: dict[str, Path], make: MakeRecipe, tmp_path: Path, target: str
+) -> None:
+    """In step 3 or 5, the same documents and noise; arithmetic as that of uninterrupted runs of these engines."""
+    names = []
+    for kind, options in (("full", FULL), ("bf16", BF16), ("chain", FULL)):
+        for source, root in sources.items():
+            if kind == "chain" and source != target:
+                continue
+            names.append(f"{kind}-of-{source}")
+            run = tmp_path / names[-1]
+            shutil.copytree(root / kind, run)
+            shutil.rmtree(run / "final")
+            for later in checkpoint.steps_present(run / "checkpoints")[1:]:
+                shutil.rmtree(later)
+            dump_recipe(make(run, *options), tmp_path / f"{names[-1]}.yaml")
+    launch(target, tmp_path, names)
+    for name in names:
+        kind, _, source = name.partition("-of-")
+        assert outcome(tmp_path, name) == ["complete", "complete"]
+        whole = sources[target] / ("bf16" if kind == "bf16" else "full")
+        difference = log_difference(tmp_path / name, whole)
+        ours, theirs = state(tmp_path / name), state(whole)
+        bits = all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        print(f"measured {source} to {target}, {kind}: {'bit-equal' if bits else f'{difference:.1e}'}")
+        assert difference < (5e-2 if kind == "bf16" else 1e-5)
+        if source == target and kind != "chain":
+            assert bits
