@@ -86,7 +86,8 @@ def check_space(begin: Start, recipe: Recipe) -> str | None:
         return None
     return (
         f"{place} has {gigabytes(free)} free, and the run will want {gigabytes(needed)} for {to_come} more checkpoints "
-        f"of {gigabytes(sizes.checkpoint)} and final/; set training.save_total_limit, or saves will fail when it is full"
+        f"of {gigabytes(sizes.checkpoint)} and final/; set training.save_total_limit, or saves will fail once "
+        "it is full"
     )
 
 

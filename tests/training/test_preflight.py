@@ -117,5 +117,5 @@ def test_training_goes_on_with_a_warning_on_a_disk_for_one_checkpoint_and_a_half
     recipe = replace(recipe, training=replace(recipe.training, max_steps=4))
     free(1.5 * checkpoint_bytes(started, average=False).checkpoint)
     train(recipe)
-    assert capfd.readouterr().err.count("saves will fail when it is full") == 1
+    assert capfd.readouterr().err.count("saves will fail once it is full") == 1
     assert os.path.isdir(tmp_path / "run/final")
