@@ -333,17 +333,14 @@ def _train(options: argparse.Namespace) -> None:
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
     parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
-    parser.add_argument("--num_processes", type=int, help="number of processes (default: the launch file's)")
+    parser.add_argument("--num_processes", metavar="N", type=int, help="processes of all machines (default: FILE's)")
 
 
 def _validate(options: argparse.Namespace) -> None:
-    from retrofit.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: what the cache has is checked
     from retrofit.validate import validate
 
-    validate(recipe, launch=options.launch, num_processes=options.num_processes)
+    validate(options.recipe, options.overrides, launch=options.launch, num_processes=options.num_processes)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

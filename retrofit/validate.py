@@ -1,225 +1,221 @@
-"""`retrofit validate`: every check of a run that can be made before it stands in a queue. Changes nothing on disk."""
+"""Checks before the queue: all that training would refuse, found without a GPU, all at once, changing nothing on disk.
+
+One line is printed for each check: `ok`, `warning`, `problem`, or `skipped` with the reason. The checks are training's
+own; what cannot be known here (a model that is not on this machine, another node's port) is skipped and said so.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import torch
 
-from retrofit.checkpoints import checkpoint
+from retrofit.checkpoints import checkpoint, loading
 from retrofit.data.store import TokenStore
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.training import start
-from retrofit.training.deepspeed_config import resolve
+from retrofit.training.launch_file import LaunchFile
 from retrofit.training.log import check_trackers
+from retrofit.training.opening import check_base, load_start, open_extras
 from retrofit.training.preflight import check_space, checkpoint_bytes, gigabytes
 from retrofit.training.run_directory import RunDirectory
-from retrofit.training.samples import encode_prompts
+from retrofit.training.start import Start
 
-DEFAULT_PORT = 29500
-
-
-class _Skipped(Exception):
-    """A check cannot be made here; the message says why."""
+T = TypeVar("T")
 
 
-def validate(recipe: Recipe, *, launch: Path | None, num_processes: int | None) -> None:
-    """Prints one line a check.
+class Skipped(Exception):
+    """A check that cannot be made here. The message says why."""
+
+
+def validate(
+    path: Path, overrides: Sequence[str] = (), *, launch: Path | None = None, num_processes: int | None = None
+) -> None:
+    """Checks a recipe with all that it names, and prints a line for each check.
 
     Args:
-        launch: accelerate config file, or None for a run of one process.
-        num_processes: instead of the launch file's.
+        launch: the accelerate config file that the recipe is to be launched with.
+        num_processes: over all machines, where not the launch file's number; 1 without a launch file.
 
     Raises:
-        ValueError: there are problems (how many; each has been printed).
+        ValueError: there are problems (how many; they are printed).
     """
-    problems = 0
-    config: dict[str, Any] = {}
-    found: dict[str, Any] = {}
+    report = _Report()
+    recipe = report.check("recipe", lambda: load_recipe(path, overrides), lambda _: str(path))
+    _check_launch(report, recipe, launch, num_processes)
+    if recipe is None:
+        report.say("skipped", "everything else", "needs the recipe")
+    else:
+        _check_recipe(report, recipe)
+    if report.problems:
+        count = f"{report.problems} problem{'s' if report.problems > 1 else ''}"
+        raise ValueError(f"{path}: {count} found; training would be refused")
 
-    def check(name: str, work: Callable[[], str | None]) -> None:
-        nonlocal problems
+
+class _Report:
+    """Prints what comes of each check, and counts the problems."""
+
+    def __init__(self) -> None:
+        self.problems = 0
+
+    def say(self, state: str, what: str, text: str) -> None:
+        print(f"{state:8} {what}: {text}", flush=True)
+
+    def check(self, what: str, work: Callable[[], T], describe: Callable[[T], str]) -> T | None:
+        """The result of a check, None where it was not passed."""
         try:
-            print(f"{name:<10} ok       {work() or ''}".rstrip())
-        except _Skipped as skipped:
-            print(f"{name:<10} skipped  {skipped}")
+            result = work()
+        except Skipped as reason:
+            self.say("skipped", what, str(reason))
         except (ValueError, OSError) as error:
-            for line in str(error).splitlines():
-                problems += 1
-                print(f"{name:<10} problem  {line}")
-
-    def launched() -> str:
-        if launch is None:
-            config.update({"num_processes": num_processes or 1})
+            strerror = error.strerror if isinstance(error, OSError) else None
+            text = f"{error.filename}: {strerror}" if isinstance(error, OSError) and strerror else str(error)
+            for line in text.splitlines():
+                self.problems += 1
+                self.say("problem", what, line)
         else:
-            config.update(read_launch(launch))
-            config["num_processes"] = num_processes or config.get("num_processes", 1)
-        return check_launch_file(config, launch, recipe)
+            self.say("ok", what, describe(result))
+            return result
+        return None
 
-    def port() -> str:
-        if launch is None or config.get("num_processes", 1) == 1:
-            raise _Skipped("one process needs none")
-        number = int(config.get("main_process_port") or DEFAULT_PORT)
-        if config.get("main_process_ip"):
-            raise _Skipped(f"{number} on {config['main_process_ip']} is seen only from there")
-        with closing(socket.socket()) as probe:
-            try:
-                probe.bind(("", number))
-            except OSError:
-                raise ValueError(
-                    f"port {number} is in use on this host; choose another with --main_process_port N"
-                ) from None
-        return str(number)
 
-    def data() -> str:
-        store = TokenStore.open(recipe.data.path, "train")
-        store.verify()
-        found["store"] = store
-        if recipe.training.eval_steps is not None and not len(TokenStore.open(recipe.data.path, "held_out")):
-            raise ValueError(f"training.eval_steps: {recipe.data.path} has no held-out documents; set it to null")
-        return f"{len(store):,} documents"
+def _check_launch(report: _Report, recipe: Recipe | None, path: Path | None, processes: int | None) -> None:
+    if path is None:
+        report.say("skipped", "launch file", "none given (--launch)")
+        if recipe is not None:
+            count = processes or 1
+            report.check("batch sizes", lambda: recipe.training.check_world_size(count), lambda _: f"fit {count} ranks")
+        return
+    file = report.check(
+        "launch file", lambda: LaunchFile.read(path, processes), lambda file: f"{path}, {file.processes} processes"
+    )
+    if file is None:
+        return
+    if recipe is not None:
+        report.check("launch file and recipe", lambda: file.check(recipe), lambda _: "fit together")
 
-    def model() -> str:
-        if "store" not in found:
-            raise _Skipped("without the data")
-        if not Path(recipe.model.init_from).exists() and not is_cached(recipe.model.init_from, recipe.model.revision):
-            raise _Skipped(f"{recipe.model.init_from} is neither a directory here nor in this machine's Hub cache")
-        begin = found["begin"] = start.from_recipe(recipe, found["store"])
-        return begin.describe()
+    def port() -> int:
+        if file.machines > 1:
+            raise Skipped("it is the first of several machines that needs it")
+        return file.check_port()
 
-    def samples() -> str:
-        from retrofit.checkpoints.loading import load_tokenizer
+    report.check("port", port, lambda found: f"{found} is free on this machine")
 
-        if recipe.training.sample_steps is None or "begin" not in found:
-            raise _Skipped("none are drawn" if "begin" in found else "without the model")
-        encode_prompts(load_tokenizer(found["begin"].source), recipe)
-        return f"{len(recipe.sampling.prompts)} prompts"
+    def devices() -> int:
+        found, wanted = torch.cuda.device_count(), file.processes // max(1, file.machines)
+        if found == 0:
+            raise Skipped("no GPU on this machine")
+        if found < wanted:
+            raise Skipped(f"{wanted} are needed on each machine, this one has {found}")
+        return found
+
+    report.check("GPUs", devices, lambda found: f"{found} on this machine")
+
+
+def _check_recipe(report: _Report, recipe: Recipe) -> None:
+    report.check("trackers", lambda: check_trackers(recipe.training.report_to), lambda _: _listed(recipe))
+    store = report.check("data", lambda: _open_store(recipe), _describe_store)
+    run = RunDirectory(Path(recipe.training.output_dir))
+    free = report.check("output directory", run.look, str)
+    resumed = report.check("run", lambda: _find_run(recipe, run, store), _describe_run) if free else None
+    if store is None:
+        report.say("skipped", "model", "needs the data")
+        return
+    begin = _check_model(report, recipe, store, Path(resumed) if resumed else None)
+    if begin is None:
+        report.say("skipped", "samples, checkpoints, space", "need the model")
+        return
+    report.check("held-out documents and samples", lambda: open_extras(recipe, begin), lambda _: "can be had")
+    size = checkpoint_bytes(begin, average=recipe.training.ema_decay is not None)
+    text = f"{gigabytes(size.checkpoint)} each, {gigabytes(size.state)} of it training state; final/ takes "
+    report.say("ok", "checkpoints", text + gigabytes(size.weights))
+    warning: list[str] = []
 
     def space() -> str:
-        if "begin" not in found:
-            raise _Skipped("without the model")
-        sizes = checkpoint_bytes(found["begin"], average=recipe.training.ema_decay is not None)
-        warning = check_space(found["begin"], recipe)
-        return f"a checkpoint takes {gigabytes(sizes.checkpoint)}" + (f"; but {warning}" if warning else "")
+        found = check_space(begin, recipe)
+        if found:
+            warning.append(found)
+        return "not for all checkpoints" if found else "enough"
 
-    check("launch", launched)
-    check("port", port)
-    check("trackers", lambda: check_trackers(recipe.training.report_to))
-    check("data", data)
-    check("model", model)
-    check("samples", samples)
-    check("directory", lambda: check_directory(recipe, found.get("store")))
-    check("space", space)
-    if problems:
-        raise ValueError(f"{problems} problem{'s' if problems > 1 else ''}, see above")
+    report.check("space", space, str)
+    for text in warning:
+        report.say("warning", "space", text)
 
 
-def is_cached(name: str, revision: str | None) -> bool:
-    """Whether a Hub id has been downloaded; asks no network, and downloads nothing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot_download(name, revision=revision, local_files_only=True)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
-        return False
-    return True
+def _listed(recipe: Recipe) -> str:
+    return ", ".join(["log.jsonl", *recipe.training.report_to])
 
 
-def read_launch(path: Path) -> dict[str, Any]:
-    """An accelerate config file. Raises ValueError where it is none."""
-    try:
-        config = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict) or "distributed_type" not in config:
-        raise ValueError(f"{path}: not an accelerate config (no distributed_type)")
-    return config
+def _open_store(recipe: Recipe) -> TokenStore:
+    """The training split, the contents of all splits verified."""
+    store = TokenStore.open(recipe.data.path, "train")
+    for split in store.manifest.splits:
+        TokenStore.open(recipe.data.path, split).verify()  # type: ignore[arg-type]
+    return store
 
 
-def check_launch_file(config: dict[str, Any], path: Path | None, recipe: Recipe) -> str:
-    """Compares a launch with the recipe; says what it is. Raises ValueError with all that contradicts, a line each."""
-    problems: list[str] = []
-    processes = config["num_processes"]
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"{path}: num_processes: expected an integer of at least 1, found {processes!r}")
-    kind = str(config.get("distributed_type", "NO"))
-    if kind == "MULTI_CPU" or (config.get("use_cpu") and processes > 1):
-        problems.append(
-            f"{path}: distributed_type {kind} starts one process where {processes} are asked for; use MULTI_GPU, which "
-            "serves CPUs too"
-        )
-    elif kind not in ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP"):
-        problems.append(f"{path}: distributed_type {kind} is not supported; use MULTI_GPU, DEEPSPEED or FSDP")
-    if kind == "NO" and processes > 1:
-        problems.append(f"{path}: distributed_type NO with num_processes {processes}; use MULTI_GPU")
-    precision = str(config.get("mixed_precision", "no")).lower()
-    if precision not in ("no", "false", "bf16" if recipe.training.bf16 else "no"):
-        problems.append(
-            f"{path}: mixed_precision is {precision} and training.bf16 is {str(recipe.training.bf16).lower()} in the "
-            "recipe; set the recipe's, and leave the other at no"
-        )
-    fsdp = config.get("fsdp_config") or {}
-    if kind == "FSDP" and fsdp.get("fsdp_version", 1) != 2:
-        problems.append(f"{path}: fsdp_config.fsdp_version is {fsdp.get('fsdp_version', 1)}; only 2 is supported")
-    if kind == "FSDP" and fsdp.get("fsdp_offload_params"):
-        problems.append(f"{path}: fsdp_config.fsdp_offload_params is not supported; remove it")
-    if kind == "DEEPSPEED":
-        problems += _check_deepspeed(config.get("deepspeed_config") or {}, path, recipe, processes)
-    try:
-        recipe.training.check_world_size(processes)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return f"{kind}, {processes} process{'es' if processes > 1 else ''}"
+def _describe_store(store: TokenStore) -> str:
+    record = store.manifest.splits["train"]
+    return f"{store.path}, {record.documents:,} documents of {record.tokens:,} tokens for training, digests verified"
 
 
-def _check_deepspeed(section: dict[str, Any], path: Path | None, recipe: Recipe, processes: int) -> list[str]:
-    name = section.get("deepspeed_config_file")
-    if not name:
-        return [f"{path}: deepspeed_config needs deepspeed_config_file; see launch/accelerate/zero3.yaml"]
-    try:
-        config = json.loads(Path(name).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a mapping")
-    except OSError as error:
-        return [f"{name}: {error.strerror} (named in {path}; paths are relative to where the command runs)"]
-    except ValueError as error:
-        return [f"{name}: not a JSON file ({error})"]
-    try:
-        resolve(config, name, recipe, processes)
-    except ValueError as error:
-        return str(error).splitlines()
-    return []
-
-
-def check_directory(recipe: Recipe, store: TokenStore | None) -> str:
-    """Whether the run could take its directory, and what it would do there. Raises ValueError where it could not."""
-    run = RunDirectory(Path(recipe.training.output_dir))
-    place = run.path.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"training.output_dir: {place} cannot be written; choose another directory")
-    run.check_free()
+def _find_run(recipe: Recipe, run: RunDirectory, store: TokenStore | None) -> Path | str:
+    """The checkpoint to go on from, or the empty text where the directory holds no run."""
     newest, passed_over = checkpoint.latest(run.checkpoints)
+    if newest is None and passed_over:
+        raise ValueError(f"training.output_dir: no checkpoint in {run.checkpoints} verifies ({passed_over[0][1]})")
     if newest is None:
-        if passed_over:
-            raise ValueError(f"training.output_dir: no checkpoint in {run.checkpoints} verifies; see retrofit verify")
         if (run.path / "recipe.yaml").is_file():
             start.check_same_run(asdict(recipe), asdict(load_recipe(run.path / "recipe.yaml")), run.path)
-        return "a new run"
+        return ""
     record = checkpoint.read_record(newest)
     start.check_same_run(asdict(recipe), record["recipe"], run.path)
     if store is not None:
         start.check_same_data(store, record, newest)
-    return f"goes on from {newest.name}"
+    return newest
+
+
+def _describe_run(found: Path | str) -> str:
+    return f"goes on from {found}" if found else "starts at step 0"
+
+
+def _check_model(report: _Report, recipe: Recipe, store: TokenStore, resumed: Path | None) -> Start | None:
+    """The start of a run, built on the meta device; None where something keeps it from being built.
+
+    A run that goes on is built from its checkpoint: `model.init_from` is not asked for again.
+    """
+    if resumed is None and not _check_source(report, recipe, store):
+        return None
+    begin = report.check("weights", lambda: load_start(recipe, store, resumed), lambda begin: begin.describe())
+    if begin is not None and resumed is not None:
+        report.check("base of the run", lambda: check_base(begin, resumed), lambda _: "unchanged")
+    return begin
+
+
+def _check_source(report: _Report, recipe: Recipe, store: TokenStore) -> bool:
+    """Whether what a new run starts from is there and fits."""
+    source = report.check("model", lambda: _find_model(recipe), lambda source: f"{source.name} ({source.kind})")
+    if source is None:
+        return False
+    config = report.check("configuration", lambda: loading.model_config(source), lambda config: config.model_type)
+    if config is None:
+        return False
+    before = report.problems
+    for what, work in start.checks(recipe, store, source, config).items():
+        report.check(what, work, lambda _: "fits")
+    return report.problems == before
+
+
+def _find_model(recipe: Recipe) -> loading.Source:
+    name = recipe.model.init_from
+    try:
+        return loading.resolve(name, recipe.model.revision)
+    except ValueError:
+        if not Path(name).exists() and loading.is_hub_id(name):
+            raise Skipped(
+                f"{name} is no directory here, and as a Hub id has not been downloaded to this machine"
+            ) from None
+        raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from retrofit.checkpoints import adapters, loading
 from retrofit.checkpoints.loading import Source
 from retrofit.checkpoints.weights import Weights
-from retrofit.flexmdm import FlexMDMConfig
+from retrofit.cli import main
+from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.modeling import NEW_MODULES
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.sections import FLEXMDM_FIELDS
@@ -75,10 +78,47 @@ def test_the_full_recipe_trains_all_weights_and_its_checkpoints_are_116_gigabyte
 
 @pytest.mark.parametrize("name", ["transfer", "transfer-full"])
 def test_the_launch_files_fit_the_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retrofit.validate import check_launch_file, read_launch
+    from retrofit.training.launch_file import LaunchFile
 
     monkeypatch.chdir(FOLDER.parents[1])
     recipe = load_recipe(FOLDER / f"{name}.yaml")
-    for engine in ("ddp",) if name == "transfer" else ("zero1", "zero2", "zero3", "fsdp2"):
-        path = Path(f"launch/accelerate/{engine}.yaml")
-        assert "16 processes" in check_launch_file({**read_launch(path), "num_processes": 16}, path, recipe)
+    for engine in ("ddp",) if name == "transfer" else ("zero1", "zero2", "zero3", "fsdp2", "fsdp2-hybrid"):
+        LaunchFile.read(Path(f"launch/accelerate/{engine}.yaml"), processes=16).check(recipe)
+
+
+@pytest.fixture(scope="module")
+def llada_8b(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaDA-8B in the released layout but for its token ids, its 16 GB of weights a hole in the file."""
+    directory = tmp_path_factory.mktemp("llada-8b")
+    ids = json.loads((toy / "model/config.json").read_text())
+    config = LLaDAConfig(**{name: ids[name] for name in ("mask_token_id", "pad_token_id", "eos_token_id")})
+    config.save_pretrained(directory)
+    header, end = {}, 0
+    for name, parameter in loading.on_meta(config, torch.bfloat16).named_parameters():
+        begin, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert end == 2 * LLADA
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "counted", "size"),
+    [
+        ("transfer", "402,665,473 of 8,418,246,657", "6.44 GB"),
+        ("transfer-full", "8,300,871,681 of 8,300,871,681", "116"),
+    ],
+)
+def test_validate_counts_the_recipes_on_files_of_that_size(
+    llada_8b: Path, toy: Path, tmp_path: Path, name: str, counted: str, size: str, capsys: Any, monkeypatch: Any
+) -> None:
+    plenty = SimpleNamespace(f_bavail=10**15, f_frsize=1)
+    monkeypatch.setattr("retrofit.training.preflight.os.statvfs", lambda path: plenty)
+    recipe = str(FOLDER / f"{name}.yaml")
+    places = [f"--model.init_from={llada_8b}", f"--data.path={toy / 'store'}", f"--training.output_dir={tmp_path}/run"]
+    assert main(["validate", recipe, *places]) == 0
+    out = capsys.readouterr().out
+    assert counted in out and f"ok       checkpoints: {size}" in out and "ok       space: enough" in out

@@ -108,8 +108,13 @@ def _in_directory(directory: Path, name: str, revision: str | None) -> Source:
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether the name has the form of one."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def _from_hub(name: str, revision: str | None) -> Source:
-    if not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise ValueError(f"{name}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -50,6 +50,7 @@ from .log import Progress, Tracker, describe_loss, open_trackers
 from .opening import (
     Request,
     check_base,
+    check_disk,
     check_recipe,
     load_start,
     open_extras,
@@ -132,6 +133,7 @@ def train(
         held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
+        processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
         trainer = Trainer(

@@ -218,6 +218,13 @@ def check_base(begin: Start, resumed: Path | None) -> None:
         )
 
 
+def check_disk(recipe: Recipe, begin: Start) -> None:
+    """Refuses a disk on which not even one checkpoint fits; warns of one that will be full (see `check_space`)."""
+    warning = check_space(begin, recipe)
+    if warning:
+        announce(warning)
+
+
 def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTrainedTokenizerBase | None]:
     """The held-out documents and the tokenizer for samples, where the recipe asks for either."""
     held_out, tokenizer = None, None
@@ -236,9 +243,6 @@ def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTra
 def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, opened: Opened) -> None:
     """Writes what stands in a run before its first step, and sets aside what will be done again."""
     announce(begin.describe())
-    warning = check_space(begin, recipe)
-    if warning:
-        announce(warning)
     resumed = opened.resumed
     step = 0 if resumed is None else checkpoint.read_record(resumed)["step"]
     for later in checkpoint.steps_present(run.checkpoints):

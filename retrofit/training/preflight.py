@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from retrofit.checkpoints.checkpoint import steps_present
 from retrofit.sections import Recipe
 
 from .start import Start
@@ -49,6 +50,8 @@ def checkpoint_bytes(begin: Start, *, average: bool) -> CheckpointBytes:
 def check_space(begin: Start, recipe: Recipe) -> str | None:
     """Compares the free space at the output directory with what the run will write there.
 
+    What it holds already takes no more space: so many checkpoints less are to come, and final/ is not written twice.
+
     Returns:
         a warning, where it has room for some checkpoints but not for all that the recipe keeps.
 
@@ -62,7 +65,9 @@ def check_space(begin: Start, recipe: Recipe) -> str | None:
         place = place.parent
     status = os.statvfs(place)
     free = status.f_bavail * status.f_frsize
-    least = sizes.checkpoint + sizes.weights + sizes.base
+    run = Path(section.output_dir)
+    other = sizes.base + (0 if (run / "final").is_dir() else sizes.weights)
+    least = sizes.checkpoint + other
     if free < least:
         raise ValueError(
             f"training.output_dir: {place} has {gigabytes(free)} free; one checkpoint takes "
@@ -75,12 +80,14 @@ def check_space(begin: Start, recipe: Recipe) -> str | None:
     most = saves if limit is None else min(saves, limit + 1)
     if limit is not None and section.save_every_keep is not None:
         most = min(saves, most + section.max_steps // section.save_every_keep)
-    needed = most * sizes.checkpoint + sizes.weights + sizes.base
+    to_come = max(1, most - len(steps_present(run / "checkpoints")))
+    needed = to_come * sizes.checkpoint + other
     if free >= needed:
         return None
     return (
-        f"{place} has {gigabytes(free)} free, and the run will want {gigabytes(needed)} for {most} checkpoints of "
-        f"{gigabytes(sizes.checkpoint)} and final/; set training.save_total_limit, or saves will fail when it is full"
+        f"{place} has {gigabytes(free)} free, and the run will want {gigabytes(needed)} for {to_come} more checkpoints "
+        f"of {gigabytes(sizes.checkpoint)} and final/; set training.save_total_limit, or saves will fail once "
+        "it is full"
     )
 
 

@@ -8,6 +8,7 @@ an earlier step than the log has reached, the later lines are set aside in `log-
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -74,13 +75,23 @@ class RunDirectory:
         checkpoint.remove_temporaries(self.path)
         return _describe_holder(previous) if previous.strip() else None
 
-    def check_free(self) -> None:
-        """Refuses a directory that `acquire` would refuse, without taking or making it (ValueError)."""
+    def look(self) -> Path:
+        """Refuses what `acquire` would, and changes nothing; returns the path.
+
+        Raises:
+            ValueError: as `acquire`. OSError: the directory, or the one it would be made in, cannot be written.
+        """
         self._refuse_foreign()
+        place = self.path.resolve()
+        while not place.is_dir():
+            place = place.parent
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "training.output_dir cannot be written", str(place))
         if (self.path / LOCK).is_file():
             descriptor = os.open(self.path / LOCK, os.O_RDWR)
             self._lock_file(descriptor)
             os.close(descriptor)
+        return self.path
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():

@@ -7,7 +7,7 @@ adapter has a base to name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,8 @@ def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> St
     """
     source = loading.resolve(recipe.model.init_from, recipe.model.revision)
     config = loading.model_config(source)
-    _check_objective(recipe, config)
-    _check_window(recipe, config)
-    _check_adapter(recipe, source)
-    store.check_fits(config, window=recipe.objective.window)
-    _check_tokenizer(store, source)
+    for check in checks(recipe, store, source, config).values():
+        check()
     dtype = _DTYPES[recipe.model.dtype]
     if recipe.objective.name == "flexmdm" and not isinstance(config, FlexMDMConfig):
         config = _retrofitted(recipe, store, source, config)
@@ -199,6 +196,17 @@ def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> St
     _finish(model, recipe)
     weights = Weights(model, _by_name(model, readers, recipe.training.seed))
     return Start(model, weights, dtype, adapter, base, loading.tokenizer_files(source), source, merged_base=merged_base)
+
+
+def checks(recipe: Recipe, store: TokenStore, source: Source, config: LLaDAConfig) -> dict[str, Callable[[], None]]:
+    """What a start is checked for before its model is built, each raising a ValueError of its own."""
+    return {
+        "objective": lambda: _check_objective(recipe, config),
+        "window": lambda: _check_window(recipe, config),
+        "adapter": lambda: _check_adapter(recipe, source),
+        "data and model": lambda: store.check_fits(config, window=recipe.objective.window),
+        "tokenizer": lambda: _check_tokenizer(store, source),
+    }
 
 
 def _retrofitted(recipe: Recipe, store: TokenStore, source: Source, config: LLaDAConfig) -> FlexMDMConfig:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from retrofit.checkpoints import checkpoint
 from retrofit.cli import main
-from retrofit.recipe import Recipe, dump_recipe
+from retrofit.recipe import Recipe
 from retrofit.training.loop import train
 from retrofit.training.opening import Request
 from tests.faults import Fault, disk_full, fail_at, send, spoil
@@ -220,45 +219,6 @@ def test_verify_tells_good_from_broken(whole: Path, tmp_path: Path, capsys: Any)
     assert main(["verify", str(step_directory(tmp_path / "run", 8))]) == 0
     assert main(["verify", str(step_directory(tmp_path / "run", 9))]) == 2
     assert main(["verify", str(tmp_path)]) == 2 and main(["verify", str(tmp_path / "nowhere")]) == 2
-
-
-def test_validate_names_all_problems_and_changes_nothing(
-    make_recipe: MakeRecipe, whole: Path, tmp_path: Path, capsys: Any
-) -> None:
-    dump_recipe(make_recipe(whole, *OPTIONS), tmp_path / "good.yaml")
-    before = snapshot(whole)
-    assert main(["validate", str(tmp_path / "good.yaml")]) == 0
-    out = capsys.readouterr().out
-    assert "goes on from step-00000009" in out and "problem" not in out and "a checkpoint takes" in out
-    deepspeed = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "8", "gradient_clipping": 0.5}
-    (tmp_path / "zero.json").write_text(json.dumps(deepspeed))
-    (tmp_path / "launch.yaml").write_text(
-        "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: bf16\n"
-        f"deepspeed_config:\n  deepspeed_config_file: {tmp_path / 'zero.json'}\n"
-    )
-    command = ["validate", str(tmp_path / "good.yaml"), "--launch", str(tmp_path / "launch.yaml")]
-    assert main([*command, "--training.seed", "3", "--data.path", str(tmp_path)]) == 2
-    out = capsys.readouterr().out
-    assert 'gradient_accumulation_steps: expected an integer, found the text "8"' in out
-    assert "gradient_clipping: is 0.5, but the recipe's optimizer.max_grad_norm is 1.0" in out
-    assert "mixed_precision is bf16 and training.bf16 is false" in out
-    assert "training.seed is 3 and was 0" in out
-    assert "data       problem" in out
-    assert snapshot(whole) == before
-
-
-def test_validate_sees_a_port_in_use(make_recipe: MakeRecipe, tmp_path: Path, capsys: Any) -> None:
-    dump_recipe(make_recipe(tmp_path / "run", *OPTIONS), tmp_path / "good.yaml")
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        (tmp_path / "launch.yaml").write_text(
-            f"distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: {port}\n"
-        )
-        assert main(["validate", str(tmp_path / "good.yaml"), "--launch", str(tmp_path / "launch.yaml")]) == 2
-    assert f"port {port} is in use" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_in_every_save_still_ends_with_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
