@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -101,19 +101,34 @@ def commit(
 
     Returns:
         the manifest's digest.
+
+    Raises:
+        OSError: it could not be done; what stood under the name before stands there again. Or the directory stands
+            there now, and its manifest or a file's size is not what was written.
     """
     record: dict[str, Any] = {"format_version": FORMAT_VERSION, "files": dict(sorted(entries.items()))}
     record["digest"] = digest_of(record)
-    (temporary / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (temporary / MANIFEST).write_bytes(_manifest_bytes(record))
     sync(temporary / MANIFEST)
     for folder in sorted({path.parent for path in temporary.rglob("*")} | {temporary}):
         sync(folder)
     before_rename()
-    if directory.exists():
-        move_aside(directory, "broken")
-    temporary.rename(directory)
+    aside = move_aside(directory, "broken") if directory.exists() else None
+    try:
+        temporary.rename(directory)
+    except OSError:
+        if aside is not None:
+            aside.rename(directory)
+        raise
     sync(directory.parent)
+    problem = find_problem(directory, hashes=False)
+    if problem:
+        raise OSError(f"{directory}: does not verify after writing: {problem}")
     return str(record["digest"])
+
+
+def _manifest_bytes(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def digest_of(record: dict[str, Any]) -> str:
@@ -122,12 +137,13 @@ def digest_of(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. `on_bytes` is called with the count of each block that was hashed."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            on_bytes(len(block))
     return digest.hexdigest()
 
 
@@ -166,14 +182,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{MANIFEST} is missing")
+    content = path.read_bytes()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(content)
         stated, files = record["digest"], record["files"]
         if not all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in files.values()):
             raise ValueError("an entry has no size or SHA-256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is not readable") from error
-    if stated != digest_of(record):
+    # The second comparison is for bytes that JSON takes no notice of.
+    if stated != digest_of(record) or content != _manifest_bytes(record):
         raise ValueError(f"{MANIFEST} was changed since it was written")
     if record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version")
@@ -181,25 +199,36 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def find_problem(directory: Path, only: Callable[[str], bool] = lambda name: True) -> str | None:
+def find_problem(
+    directory: Path,
+    only: Callable[[str], bool] = lambda name: True,
+    *,
+    hashes: bool = True,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> str | None:
     """What is wrong with a checkpoint, or None if it is good: every file there, of its size and with its SHA-256.
 
     Args:
         only: chooses the files to check by their names; the manifest is always checked.
+        hashes: False compares sizes alone.
+        on_bytes: called with the count of the bytes just hashed, several times a second.
     """
     try:
-        files = read_manifest(directory)["files"]
-        for name, entry in files.items():
-            if not only(name):
-                continue
-            path = directory / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (size := path.stat().st_size) != entry["bytes"]:
-                return f"{name} has {size} bytes, the manifest says {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
-                return f"{name} differs from its SHA-256 in the manifest"
-    except (ValueError, OSError) as error:
+        with reading(directory):
+            files = read_manifest(directory)["files"]
+            for name, entry in files.items():
+                if not only(name):
+                    continue
+                path = directory / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if (size := path.stat().st_size) != entry["bytes"]:
+                    return f"{name} has {size} bytes, the manifest says {entry['bytes']}"
+                if hashes and sha256(path, on_bytes) != entry["sha256"]:
+                    return f"{name} differs from its SHA-256 in the manifest"
+    except OSError as error:
+        return f"{Path(error.filename or directory).name} is not readable ({error.strerror or error})"
+    except ValueError as error:
         return str(error)
     return None
 
@@ -237,18 +266,22 @@ def shares(directory: Path, world_size: int) -> list[set[str]]:
 
 @contextmanager
 def reading(directory: Path) -> Iterator[None]:
-    """While it lasts, no run rotates the checkpoint away. Does nothing where there is no manifest to lock."""
-    try:
-        descriptor = os.open(directory / MANIFEST, os.O_RDONLY)
-    except OSError:
-        yield
-        return
-    try:
-        with suppress(OSError):  # a file system without locks
+    """While it lasts, no run rotates the checkpoint away. Does nothing where there is no manifest to lock.
+
+    Raises:
+        ValueError: the checkpoint was rotated away just now.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = os.open(directory / MANIFEST, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            # On a file system without locks nothing protects the checkpoint, and it is read all the same.
             fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # Not left to the closing: a process forked meanwhile has the descriptor too.
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+            if not (directory / MANIFEST).exists():
+                raise ValueError(f"{directory}: its run has just deleted it, since newer checkpoints are there")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def rotate(
@@ -257,7 +290,8 @@ def rotate(
     """Deletes the oldest checkpoints beyond `keep`. To be called once `newest` has verified, which is never deleted.
 
     Directories that do not verify are left alone and not counted: they are evidence, and deleting is final. One that
-    somebody reads (see `reading`) stays until the next time.
+    somebody reads (see `reading`) stays until the next time. A directory loses its name first, so that a deletion cut
+    short leaves nothing that could be taken for a checkpoint, and `remove_temporaries` finishes it.
 
     Args:
         every: checkpoints of steps that are multiples of it are kept for good and not counted.
@@ -266,26 +300,34 @@ def rotate(
     kept = [path for path in steps_present(checkpoints) if every and (step_of(path) or 0) % every == 0]
     good = [path for path in steps_present(checkpoints) if (path / MANIFEST).is_file() and path not in (newest, *kept)]
     for directory in good[: max(0, len(good) + 1 - keep)]:
-        if find_problem(directory, only=lambda name: False) is None and _is_free(directory):
+        if find_problem(directory, only=lambda name: False) is not None:
+            continue
+        with _deleting(directory) as is_free:
+            if not is_free:
+                continue
             if before is not None:
                 before(directory)
-            # The manifest goes first, so that a deletion cut short leaves nothing that could be taken for good.
-            (directory / MANIFEST).unlink()
-            shutil.rmtree(directory, ignore_errors=True)
+            doomed = directory.with_name(f"{TEMPORARY}{directory.name}-deleted")
+            shutil.rmtree(doomed, ignore_errors=True)
+            directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _is_free(directory: Path) -> bool:
-    """Whether nobody reads it."""
-    descriptor = os.open(directory / MANIFEST, os.O_RDONLY)
+@contextmanager
+def _deleting(directory: Path) -> Iterator[bool]:
+    """Whether nobody reads the checkpoint; while it lasts, whoever wants to has to wait."""
+    descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # NFS gives an exclusive lock for writing only
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+        is_free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError:
+            pass  # a file system without locks
+        yield is_free
     finally:
         os.close(descriptor)
-    return True
 
 
 def remove_temporaries(checkpoints: Path) -> None:

@@ -16,8 +16,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -64,7 +66,6 @@ class Saver:
         self._outcome: Outcome | None = None
         self._aborted: str | None = None
         self._temporary: Path | None = None
-        self._own: dict[str, checkpoint.Entry] = {}
 
     @property
     def busy(self) -> bool:
@@ -82,13 +83,14 @@ class Saver:
         """Starts to write and returns at once.
 
         Args:
-            directory: the final name. What already stands there is moved aside, never deleted.
+            directory: the final name. What already stands there is moved aside, never deleted. Its parent is made, but
+                not the parent's parent: a run that was deleted, or whose disk was unmounted, is not made anew.
             files: path within the directory -> content; this rank's share. Must not change until the save has ended.
             then: run by rank 0's thread after the commit.
         """
         assert self._thread is None, "the save before has not been settled"
         self._attempt += 1
-        self._aborted = None
+        self._aborted = self._outcome = None
         temporary = directory.parent / f"{checkpoint.TEMPORARY}{directory.name}-{self._attempt}"
         self._temporary = temporary
         self._thread = threading.Thread(
@@ -136,62 +138,73 @@ class Saver:
         began, size, remark = time.monotonic(), 0, None
         problem: str | None = None
         try:
-            size = self._write_part(temporary, step, files)
+            entries = self._write_part(temporary, step, files)
             if self.rank == 0:
-                size = self._commit(directory, temporary, step)
+                entries = self._commit(directory, temporary, step, entries)
                 remark = self._follow_up(directory, then)
-        except Exception as error:  # whatever it is, training has to hear of it in one line
+            size = sum(entry["bytes"] for entry in entries.values())
+        except BaseException as error:  # whatever it is, training has to hear of it in one line
             problem = describe(error, directory)
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
         self._outcome = Outcome(directory, problem, size, time.monotonic() - began, remark)
 
-    def _write_part(self, temporary: Path, step: int, files: Mapping[str, Content]) -> int:
-        self.probe("save.begin", step, temporary)
-        temporary.mkdir(parents=True, exist_ok=True)
-        record: dict[str, object] = {}
+    def _write_part(self, temporary: Path, step: int, files: Mapping[str, Content]) -> dict[str, checkpoint.Entry]:
+        """Writes this rank's files; a rank other than 0 then leaves its part."""
         try:
-            entries: dict[str, checkpoint.Entry] = {}
-            for name, content in files.items():
-                path = temporary / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-
-                def block(path: Path = path) -> None:
-                    self.probe("save.block", step, path)
-
-                digest = (
-                    write_bytes(path, content, block)
-                    if isinstance(content, bytes)
-                    else write_tensors(path, content, block)
-                )
-                self.probe("save.file", step, path)
-                if _read_back(path) != digest:
-                    raise OSError(f"{path.name} reads back differently from what was written")
-                entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
-            record = {"files": entries}
-        except Exception as error:
-            record = {"problem": describe(error, temporary)}
+            entries = self._write_files(temporary, step, files)
+        except BaseException as error:
+            if self.rank > 0:
+                with suppress(OSError):  # rank 0 then misses this part
+                    for name in files:
+                        (temporary / name).unlink(missing_ok=True)  # on a full disk the part would find no room
+                    self._leave_part(temporary, step, {"problem": describe(error, temporary)})
             raise
-        finally:
-            if self.rank > 0 and record:
-                self.probe("save.part", step, temporary)
-                checkpoint.write_text(temporary / PART.format(self.rank), json.dumps(record))
-        if self.rank == 0:
-            self._own = entries
-        return sum(entry["bytes"] for entry in entries.values())
+        if self.rank > 0:
+            self._leave_part(temporary, step, {"files": entries})
+        return entries
 
-    def _commit(self, directory: Path, temporary: Path, step: int) -> int:
-        entries = self._own | self._other_parts(temporary)
+    def _write_files(self, temporary: Path, step: int, files: Mapping[str, Content]) -> dict[str, checkpoint.Entry]:
+        self.probe("save.begin", step, temporary)
+        if not temporary.parent.exists():
+            temporary.parent.mkdir(exist_ok=True)
+        temporary.mkdir(exist_ok=True)
+        entries: dict[str, checkpoint.Entry] = {}
+        for name, content in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+            def block(path: Path = path) -> None:
+                self.probe("save.block", step, path)
+
+            digest = (
+                write_bytes(path, content, block) if isinstance(content, bytes) else write_tensors(path, content, block)
+            )
+            self.probe("save.file", step, path)
+            if _read_back(path) != digest:
+                raise OSError(f"{path.name} reads back differently from what was written")
+            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        return entries
+
+    def _leave_part(self, temporary: Path, step: int, part: Mapping[str, Any]) -> None:
+        self.probe("save.part", step, temporary)
+        checkpoint.write_text(temporary / PART.format(self.rank), json.dumps(part))
+
+    def _commit(
+        self, directory: Path, temporary: Path, step: int, own: dict[str, checkpoint.Entry]
+    ) -> dict[str, checkpoint.Entry]:
+        """Adds the other ranks' files to rank 0's own, and gives the directory its name; returns all of them."""
+        entries = self._with_other_parts(temporary, own)
         for name, entry in entries.items():
             if (found := (temporary / name).stat().st_size) != entry["bytes"]:
                 raise OSError(f"{name} has {found} bytes where {entry['bytes']} were written")
         self.probe("save.manifest", step, temporary)
         checkpoint.commit(temporary, directory, entries, lambda: self.probe("save.rename", step, directory))
         self.probe("save.done", step, directory)
-        return sum(entry["bytes"] for entry in entries.values())
+        return entries
 
-    def _other_parts(self, temporary: Path) -> dict[str, checkpoint.Entry]:
-        entries: dict[str, checkpoint.Entry] = {}
+    def _with_other_parts(self, temporary: Path, own: dict[str, checkpoint.Entry]) -> dict[str, checkpoint.Entry]:
+        entries = dict(own)
         waiting = set(range(1, self.world_size))
         deadline = time.monotonic() + self.time_out
         while waiting:
@@ -201,6 +214,9 @@ class Saver:
                     part = json.loads(path.read_text(encoding="utf-8"))
                     if "problem" in part:
                         raise OSError(f"rank {rank}: {part['problem']}")
+                    twice = sorted(entries.keys() & part["files"].keys())
+                    if twice:
+                        raise OSError(f"rank {rank} wrote {twice[0]}, as another rank did")
                     entries |= part["files"]
                     waiting.discard(rank)
                     path.unlink()
@@ -228,6 +244,8 @@ def save_now(directory: Path, files: Mapping[str, Content], probe: Probe = no_pr
     Raises:
         OSError: it could not be written; nothing of it is left.
     """
+    if not directory.parent.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
     saver = Saver(0, 1, probe)
     saver.begin(directory, step, files)
     outcome = saver.wait()
@@ -247,7 +265,7 @@ def _read_back(path: Path) -> str:
     return checkpoint.sha256(path)
 
 
-def describe(error: Exception, place: Path) -> str:
+def describe(error: BaseException, place: Path) -> str:
     """An error of a save in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({Path(error.filename).name if error.filename else place.name})"

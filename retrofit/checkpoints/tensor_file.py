@@ -35,7 +35,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], on_block: Callable[
         the file's SHA-256.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; it has the file's name.
     """
     # Widest items first: each tensor then starts at a multiple of its item's size, and the data at one of 64 bytes.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -67,11 +67,15 @@ def write_bytes(path: Path, content: bytes, on_block: Callable[[], None] = lambd
 
 def _write(path: Path, blocks: Iterator[bytes | memoryview], on_block: Callable[[], None]) -> str:
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in blocks:
-            on_block()
-            file.write(block)
-            digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            for block in blocks:
+                on_block()
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # neither write nor fsync knows it
+        raise
     return digest.hexdigest()
