@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,9 +151,12 @@ def load_model(
 
 def load_source(source: Source, *, dtype: torch.dtype | None = None) -> Any:
     """The model of a resolved source, an adapter's factors injected and loaded. Verified as `load_model` says."""
-    model, readers = build(source, model_config(source), dtype=dtype)
-    named = {name: readers[adapters.plain_name(name)] for name, _ in model.named_parameters()}
-    materialise(model, Weights(model, named).read)
+    with ExitStack() as stack:
+        for directory in directories(source):
+            stack.enter_context(checkpoint.reading(directory))
+        model, readers = build(source, model_config(source), dtype=dtype)
+        named = {name: readers[adapters.plain_name(name)] for name, _ in model.named_parameters()}
+        materialise(model, Weights(model, named).read)
     return model
 
 
