@@ -51,6 +51,10 @@ def disk_full(_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def read_only(_: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def stale_handle(_: Any) -> None:
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 

@@ -20,7 +20,7 @@ from retrofit.checkpoints import checkpoint
 from retrofit.checkpoints.saving import Content, Outcome, Saver, save_now
 from retrofit.checkpoints.tensor_file import write_tensors
 from retrofit.probe import Probe, no_probe
-from tests.faults import Fault, disk_full, stale_handle
+from tests.faults import Fault, disk_full, read_only, stale_handle
 
 WORLD = 4
 
@@ -84,6 +84,7 @@ def test_shares_are_disjoint_and_all_of_the_files(tmp_path: Path) -> None:
     ("where", "fault", "said"),
     [
         ("save.block", disk_full, "No space left on device"),
+        ("save.block", read_only, "Read-only file system"),
         ("save.begin", disk_full, "No space left on device"),
         ("save.file", lambda path: path.write_bytes(b"other"), "reads back differently"),
         ("save.manifest", disk_full, "No space left on device"),
@@ -114,6 +115,69 @@ def test_a_rank_that_writes_nothing_is_named_after_the_time_out(tmp_path: Path) 
     outcome = Job(time_out=0.3).save(tmp_path / "step-00000001", silent=3)
     assert outcome.problem is not None and "rank 3 wrote nothing" in outcome.problem
     assert names(tmp_path) == []
+
+
+def test_a_rank_whose_disk_is_full_leaves_its_reason_in_the_room_that_its_files_took(tmp_path: Path) -> None:
+    """The disk takes rank 2's part only once its other files are gone."""
+    crowded = [False]
+
+    def probe(where: str, step: int, subject: Any = None) -> None:
+        if where == "save.file":
+            crowded[0] = True
+            disk_full(subject)
+        if where == "save.part" and crowded[0] and list(subject.glob("training_state-00003*")):
+            disk_full(subject)
+
+    outcome = Job({2: probe}, time_out=5.0).save(tmp_path / "step-00000001")
+    assert outcome.problem is not None and outcome.problem.startswith("rank 2: No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    outcome = Job({2: at("save.block", disk_full)}).save(tmp_path / "step-00000001")
+    assert outcome.problem == f"rank 2: No space left on device ({checkpoint.state_file(2, WORLD)})"
+
+
+def test_two_ranks_that_write_one_file_are_refused(tmp_path: Path) -> None:
+    job = Job()
+    for saver in job.savers:
+        saver.begin(tmp_path / "step-00000001", 1, {"a.json" if saver.rank < 2 else f"{saver.rank}.json": b"{}"})
+    outcomes = [saver.wait() for saver in job.savers]
+    job.savers[0].clear()
+    assert outcomes[0] is not None and outcomes[0].problem == "rank 1 wrote a.json, as another rank did"
+    assert names(tmp_path) == []
+
+
+def test_whatever_ends_the_thread_is_an_outcome_and_never_the_one_before(tmp_path: Path) -> None:
+    def leave(_: Any) -> None:
+        raise SystemExit("left")
+
+    def at_the_second(where: str, step: int, subject: Any = None) -> None:
+        if where == "save.block" and step == 2:
+            leave(subject)
+
+    saver = Saver(0, 1, at_the_second)
+    for step, problem in ((1, None), (2, "left"), (3, None)):
+        directory = tmp_path / checkpoint.step_name(step)
+        saver.begin(directory, step, content(0, 1))
+        outcome = saver.wait()
+        assert outcome is not None and (outcome.directory, outcome.problem) == (directory, problem)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_run_that_was_deleted_is_not_made_anew_by_a_save(tmp_path: Path) -> None:
+    saver = Saver(0, 1)
+    saver.begin(tmp_path / "unmounted" / "run" / "checkpoints" / "step-00000001", 1, content(0, 1))
+    outcome = saver.wait()
+    assert outcome is not None and outcome.problem is not None and "No such file or directory" in outcome.problem
+    assert names(tmp_path) == []
+
+
+def test_a_rotation_that_fails_is_a_remark_and_not_a_failed_save(tmp_path: Path) -> None:
+    saver = Saver(0, 1)
+    saver.begin(tmp_path / "step-00000001", 1, content(0, 1), then=stale_handle)
+    outcome = saver.wait()
+    assert outcome is not None and outcome.problem is None and "Stale file handle" in (outcome.remark or "")
 
 
 def test_an_aborted_save_ends_at_once(tmp_path: Path) -> None:
