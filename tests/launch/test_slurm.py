@@ -212,16 +212,6 @@ def test_ranks_that_end_without_a_word_when_asked_do_not_count_as_a_crash(workpl
     assert finish(job)[0] == 75 and journal(workplace) == ["scontrol requeue 4321"]
 
 
-def test_ranks_that_are_not_there_yet_are_waited_for(workplace: Path) -> None:
-    accelerate = workplace.parent / "stand-ins" / "accelerate"
-    accelerate.write_text(accelerate.read_text().replace("bash\n", "bash\ntouch early; sleep 2\n", 1))
-    job = start(workplace, "wait")
-    wait_until((workplace / "early").exists)
-    job.send_signal(signal.SIGUSR1)
-    # The process is signalled as soon as it has its name: it either saves or ends without a word.
-    assert finish(job)[0] == 75 and journal(workplace)[-1] == "scontrol requeue 4321"
-
-
 @pytest.mark.parametrize("arguments", [("launch file.yaml",), ("launch file.yaml", "nowhere.yaml")])
 def test_missing_arguments_or_files_are_refused_before_anything_starts(
     workplace: Path, arguments: tuple[str, ...]
