@@ -29,7 +29,7 @@ _PASSED_ON = (
     "steps_per_print", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-"""Parts that do not contradict the recipe. DeepSpeed says nothing of names that it does not know: others are refused."""
+"""Parts that do not contradict the recipe; DeepSpeed ignores names that it does not know: others are refused."""
 
 _OFFLOADING = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
