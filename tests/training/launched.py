@@ -95,6 +95,8 @@ def main() -> None:
             outcomes.append(f"refused: {error}")
         previous = run
     Path(f"{sys.argv[1]}-{rank}.json").write_text(json.dumps(outcomes))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ def test_a_run_killed_at_random_points_loses_nothing_and_ends_bit_identical(
 
     run = tmp_path / "killed"
     recipe = make_recipe(run, *options, "--training.save_total_limit=3")
+    # Raw: a child that is killed while it holds a lock would never give it back.
     context = multiprocessing.get_context("fork")
-    saving, committed, started = (context.Value(c_int, 0) for _ in range(3))
+    saving, committed, started = (context.RawValue(c_int, 0) for _ in range(3))
 
     def watch(where: str, step: int, subject: Any = None) -> None:
         started.value += where == "updated"
