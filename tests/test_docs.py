@@ -17,7 +17,7 @@ from retrofit.cli import main
 from retrofit.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/sampling.md"]
+PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/resuming.md", "docs/sampling.md"]
 MAKE = {"make demo", "make test"}  # what the continuous integration and the demo's own script run
 
 

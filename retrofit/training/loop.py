@@ -389,6 +389,7 @@ class Trainer:
         rows = sum(batch.num_tokens for batch in batches)
         signalled, infinite = self.guard.received is not None, not (math.isfinite(norm) and norm >= 0)
         part_failed = self.keeper.poll()
+        self.watch.newest = self.keeper.newest
         *totals, all_rows, stop, bad_norm, failed = self.processes.total(
             [*sums, rows, signalled, infinite, part_failed]
         )
