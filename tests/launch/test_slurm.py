@@ -212,13 +212,16 @@ def test_ranks_that_end_without_a_word_when_asked_do_not_count_as_a_crash(workpl
     assert finish(job)[0] == 75 and journal(workplace) == ["scontrol requeue 4321"]
 
 
-def test_ranks_that_are_not_there_yet_are_waited_for(workplace: Path) -> None:
+@pytest.mark.parametrize("deaf", [0, 3])
+def test_ranks_that_are_not_there_or_do_not_listen_yet_are_waited_for(workplace: Path, deaf: int) -> None:
+    """A rank ignores the signal from its start, as its launcher does, until it sets its handler."""
+    training = workplace.parent / "stand-ins" / "training"
+    training.write_text(training.read_text().replace("signal.signal(", f"time.sleep({deaf})\nsignal.signal(", 1))
     accelerate = workplace.parent / "stand-ins" / "accelerate"
-    accelerate.write_text(accelerate.read_text().replace("bash\n", "bash\ntouch early; sleep 2\n", 1))
+    accelerate.write_text(accelerate.read_text().replace("bash\n", "bash\ntouch early-$SLURM_NODEID; sleep 2\n", 1))
     job = start(workplace, "wait")
-    wait_until((workplace / "early").exists)
+    wait_until(lambda: all((workplace / f"early-{node}").exists() for node in range(2)))
     job.send_signal(signal.SIGUSR1)
-    # The process is signalled as soon as it has its name: it either saves or ends without a word.
     assert finish(job)[0] == 75 and journal(workplace)[-1] == "scontrol requeue 4321"
 
 
