@@ -189,7 +189,7 @@ def fresh_reader(
 
 
 def materialise(
-    model: nn.Module, read: Callable[[str], Tensor], on_leaf: Callable[[nn.Module], None] | None = None
+    model: nn.Module, read: Callable[[str], Tensor], on_leaf: Callable[[nn.Module], object] | None = None
 ) -> None:
     """Gives the parameters that are on the meta device their values, module by module, on the CPU.
 

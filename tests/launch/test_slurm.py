@@ -222,7 +222,7 @@ def test_ranks_that_are_not_there_or_do_not_listen_yet_are_waited_for(workplace:
     job = start(workplace, "wait")
     wait_until(lambda: all((workplace / f"early-{node}").exists() for node in range(2)))
     job.send_signal(signal.SIGUSR1)
-    assert finish(job)[0] == 75 and journal(workplace)[-1] == "scontrol requeue 4321"
+    assert finish(job)[0] == 75 and "scontrol requeue 4321" in journal(workplace)
 
 
 @pytest.mark.parametrize("arguments", [("launch file.yaml",), ("launch file.yaml", "nowhere.yaml")])

@@ -25,8 +25,8 @@ class ReplicatedEngine(Engine):
 
     def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.prepare`."""
-        materialise(model, read)
-        self.module = self.model = model.to(self.device)
+        materialise(model, read, on_leaf=lambda leaf: leaf.to(self.device))
+        self.module = self.model = model
         self.parameters = trainable_parameters(model)
         self._by_name = dict(self.parameters)
         self.optimizer = make_optimizer(self.parameters)

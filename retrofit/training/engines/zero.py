@@ -48,8 +48,7 @@ class ZeroEngine(Engine):
         self.create_state()
 
     def _make_real(self, model: nn.Module, read: ReadTensor) -> None:
-        materialise(model, read)
-        model.to(self.device)
+        materialise(model, read, on_leaf=lambda leaf: leaf.to(self.device))
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
