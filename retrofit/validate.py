@@ -83,9 +83,10 @@ class _Report:
 
 
 def _check_launch(report: _Report, recipe: Recipe | None, path: Path | None, processes: int | None) -> None:
+    goes_on = recipe is not None and RunDirectory(Path(recipe.training.output_dir)).holds_run()
     if path is None:
         report.say("skipped", "launch file", "none given (--launch)")
-        if recipe is not None:
+        if recipe is not None and not goes_on:
             count = processes or 1
             report.check("batch sizes", lambda: recipe.training.check_world_size(count), lambda _: f"fit {count} ranks")
         return
@@ -95,9 +96,11 @@ def _check_launch(report: _Report, recipe: Recipe | None, path: Path | None, pro
     if file is None:
         return
     if recipe is not None:
-        report.check("launch file and recipe", lambda: file.check(recipe), lambda _: "fit together")
+        report.check("launch file and recipe", lambda: file.check(recipe, goes_on=goes_on), lambda _: "fit together")
 
     def port() -> int:
+        if file.fields["distributed_type"] == "NO":
+            raise Skipped("one process needs none")
         if file.machines > 1:
             raise Skipped("it is the first of several machines that needs it")
         return file.check_port()

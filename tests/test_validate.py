@@ -15,6 +15,7 @@ from retrofit import cli
 from retrofit.recipe import dump_recipe
 from retrofit.training.launch_file import LaunchFile
 from retrofit.training.loop import train
+from retrofit.training.processes import check_launch
 
 ROOT = Path(__file__).parents[1]
 DDP = "distributed_type: MULTI_GPU\nnum_processes: 2\n"
@@ -162,6 +163,17 @@ def test_a_run_is_gone_on_with_or_refused_as_training_would(validate, place, mak
     assert code == 2 and "optimizer.learning_rate is 0.5 and was 0.01" in found["run"][0][1]
 
 
+def test_batch_sizes_that_do_not_fit_are_dropped_where_a_run_goes_on(validate, place, make_recipe):
+    (place / "launch.yaml").write_text(DDP)
+    options = ("--training.max_steps=2", "--training.per_device_train_batch_size=4", "--num_processes=3")
+    for launched in ((), ("--launch", "launch.yaml")):
+        code, found = validate(*options, *launched)
+        assert code == 2 and "4 on 3 ranks makes 12 documents" in problems(found)[0]
+    train(make_recipe(place / "run", "--training.max_steps=2"))
+    for launched in ((), ("--launch", "launch.yaml")):
+        assert validate(*options, *launched)[0] == 0
+
+
 @pytest.mark.parametrize(("free", "code"), [(1000, 2), (1_500_000, 0)])
 def test_a_disk_that_is_too_small_is_found(validate, monkeypatch, free, code):
     status = SimpleNamespace(f_bavail=free, f_frsize=1)
@@ -199,10 +211,10 @@ def test_every_shipped_launch_file_fits_a_plain_recipe(path, make_recipe, tmp_pa
     ("text", "expected"),
     [
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "MULTI_CPU starts one process instead of 2; use MULTI_GPU"),
-        (DDP + "use_cpu: true\n", "use_cpu: true starts one process instead of 2"),
         ("distributed_type: NO\nnum_processes: 2\n", "NO starts one process instead of 2"),
         ("distributed_type: MEGATRON_LM\nnum_processes: 2\n", "MEGATRON_LM is not supported; use MULTI_GPU"),
-        ("distributed_type: MULTI_GPU\n", "num_processes: MULTI_GPU needs at least 2"),
+        ("distributed_type: MULTI_GPU\n", "num_processes: is null; give --num_processes N"),
+        (DDP + "mixed_precision: no\n", 'mixed_precision: accelerate fails on no without quotes; write "no"'),
         (DDP + "num_machines: 3\n", "num_processes: 2 over all machines is no multiple of num_machines: 3"),
         (DDP + "mixed_precision: bf16\n", "mixed_precision: is bf16 and the recipe's training.bf16 is false"),
         (DDP + "num_proceses: 3\n", "num_proceses: accelerate does not know this"),
@@ -223,6 +235,25 @@ def test_every_shipped_launch_file_fits_a_plain_recipe(path, make_recipe, tmp_pa
 def test_a_launch_that_would_not_do_what_it_says_is_refused(launch_problems, text, expected):
     (problem,) = launch_problems(text)
     assert problem.startswith("launch.yaml: ") and expected in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["distributed_type: NO\n", DDP.replace("2", "1"), DDP + 'mixed_precision: "no"\n', DDP + "use_cpu: true\n"],
+)
+def test_a_launch_that_accelerate_takes_is_not_refused(launch_problems, text):
+    assert launch_problems(text) == []
+
+
+@pytest.mark.parametrize(("version", "offload"), [("1", "false"), ("2", "true")])
+def test_training_refuses_the_fsdp_that_validate_refuses(version, offload, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_launch(bf16=False)
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+    with pytest.raises(ValueError, match="use fsdp_version: 2 without fsdp_offload_params"):
+        check_launch(bf16=False)
 
 
 def test_a_number_of_processes_on_the_command_line_wins(launch_problems):

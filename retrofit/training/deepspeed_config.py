@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +14,31 @@ _THE_RECIPES = {
     "scheduler": "optimizer.lr_scheduler_type",
     "data_efficiency": "the recipe",
     "curriculum_learning": "the recipe",
+    "tensorboard": "training.report_to",
+    "wandb": "training.report_to",
+    "comet": "training.report_to",
 }
+
+_PRECISION = ("bf16", "bfloat16", "fp16", "amp", "torch_autocast")
+
+_NUMBERS = ("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
+
+_PASSED_ON = (
+    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "csv_monitor", "dump_state",
+    "flops_profiler", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
+    "steps_per_print", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+"""Parts that do not contradict the recipe; DeepSpeed ignores names that it does not know: others are refused."""
+
+_OFFLOADING = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 _UNSUPPORTED: dict[str, int | bool] = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
     "zero_quantized_gradients": False,
+    "mics_shard_size": -1,
 }
 """Settings of zero_optimization -> the value that leaves them off."""
 
@@ -70,7 +90,10 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
     for name, instead in _THE_RECIPES.items():
         if name in config:
             refuse(name, f"the recipe decides this; remove it and use {instead}")
-    for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
+    for name in sorted(config.keys() - {*_THE_RECIPES, *_PRECISION, *_NUMBERS, *_PASSED_ON}):
+        near = difflib.get_close_matches(name, [*_NUMBERS, *_PASSED_ON], 1)
+        refuse(name, f"is not supported; remove it{f', or write {near[0]} if that was meant' if near else ''}")
+    for name in _PRECISION:
         part = config.get(name, {})
         enabled = part.get("enabled", False) if isinstance(part, Mapping) else part
         if enabled is not False and enabled != "auto":
@@ -87,15 +110,19 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
             "zero_optimization.stage",
             f"is {json.dumps(stage)}; use 1, 2 or 3, or launch/accelerate/ddp.yaml for training without ZeRO",
         )
-    for name in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
+    for name in _OFFLOADING:
+        part = zero.get(name)
+        if (part.get("device", "none") if isinstance(part, Mapping) else part) not in (None, "none", False):
             refuse(f"zero_optimization.{name}", "offloading is not supported; remove it, and shard over more devices")
     for name, off in _UNSUPPORTED.items():
         if zero.get(name, off) not in (off, "auto"):
             refuse(f"zero_optimization.{name}", "is not supported; remove it (FSDP2 shards within nodes)")
+    for name, value in zero.items():
+        if name != "stage" and name not in _OFFLOADING and isinstance(value, str) and value != "auto":
+            refuse(f"zero_optimization.{name}", f'expected a number, true or false, found the text "{value}"')
     if problems:
         raise ValueError("\n".join(problems))
-    kept = {name: value for name, value in config.items() if name not in ("bf16", "bfloat16", "fp16", "torch_autocast")}
+    kept = {name: value for name, value in config.items() if name not in _PRECISION}
     settings = {name: value for name, value in zero.items() if value != "auto"}
     if stage == 3:
         # DeepSpeed's own F.linear replaces torch's in the whole process, and knows no autocast of float32 weights.

@@ -63,7 +63,9 @@ class LaunchFile:
             OSError: it cannot be read.
         """
         try:
-            fields = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+            reader = YAML(typ="safe", pure=True)
+            reader.version = (1, 1)  # as accelerate reads it: `no` without quotes is false
+            fields = reader.load(path.read_text(encoding="utf-8"))
         except (YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from error
         if not isinstance(fields, dict) or "distributed_type" not in fields:
@@ -72,13 +74,19 @@ class LaunchFile:
             value = fields.get(name, 1)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{path}: {name}: expected an integer, found {json.dumps(value)}")
-        found = processes if processes is not None else fields.get("num_processes", 1)
+        if fields["distributed_type"] is False:
+            fields["distributed_type"] = "NO"
+        default = 1 if fields["distributed_type"] == "NO" else None
+        found = processes if processes is not None else fields.get("num_processes", default)
         if found is None or found < 1:
-            raise ValueError(f"{path}: num_processes: is {found}; give --num_processes N")
+            raise ValueError(f"{path}: num_processes: is {json.dumps(found)}; give --num_processes N")
         return cls(path, fields, found)
 
-    def check(self, recipe: Recipe) -> None:
+    def check(self, recipe: Recipe, *, goes_on: bool = False) -> None:
         """Refuses a launch that would be refused, or would do something else than it says.
+
+        Args:
+            goes_on: a run is to be gone on with: batch sizes that do not fit the processes are then dropped.
 
         Raises:
             ValueError: one line for each problem.
@@ -92,7 +100,7 @@ class LaunchFile:
         try:
             recipe.training.check_world_size(self.processes)
         except ValueError as error:
-            problems.append(str(error))
+            problems += [] if goes_on else [str(error)]
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -125,10 +133,9 @@ class LaunchFile:
         unknown = sorted(set(self.fields) - set(ClusterConfig.__dataclass_fields__))
         if unknown:
             problems.append(f"{self.path}: {', '.join(unknown)}: accelerate does not know this; remove it")
-        if kind == "MULTI_CPU" or (self.fields.get("use_cpu") is True and self.processes > 1):
-            what = "distributed_type: MULTI_CPU" if kind == "MULTI_CPU" else "use_cpu: true"
+        if kind == "MULTI_CPU":
             problems.append(
-                f"{self.path}: {what} starts one process instead of {self.processes}; "
+                f"{self.path}: distributed_type: MULTI_CPU starts one process instead of {self.processes}; "
                 "use MULTI_GPU, for CPUs too (launch/accelerate/ddp.yaml)"
             )
         elif kind not in _KINDS:
@@ -137,8 +144,6 @@ class LaunchFile:
             )
         elif kind == "NO" and self.processes > 1:
             problems.append(f"{self.path}: distributed_type: NO starts one process instead of {self.processes}")
-        elif kind == "MULTI_GPU" and self.processes < 2:
-            problems.append(f"{self.path}: num_processes: MULTI_GPU needs at least 2; leave the launcher out for one")
         if self.machines < 1 or self.processes % self.machines:
             problems.append(
                 f"{self.path}: num_processes: {self.processes} over all machines is no multiple of "
@@ -148,11 +153,13 @@ class LaunchFile:
 
     def _precision_problems(self, recipe: Recipe) -> list[str]:
         precision = self.fields.get("mixed_precision")
-        if precision is None or precision is False:  # an unquoted `no` is false to some readers of YAML
+        if precision is None:
             return []
         bf16 = recipe.training.bf16
         if self._json() is not None:
             return [f"{self.path}: mixed_precision: accelerate refuses it beside a DeepSpeed JSON; remove it"]
+        if isinstance(precision, bool):
+            return [f'{self.path}: mixed_precision: accelerate fails on no without quotes; write "no"']
         if precision not in ("no", "bf16" if bf16 else "no"):
             return [
                 f"{self.path}: mixed_precision: is {precision} and the recipe's training.bf16 is {json.dumps(bf16)}; "

@@ -143,7 +143,8 @@ def check_launch(*, bf16: bool) -> None:
 
     Raises:
         ValueError: `accelerate launch --cpu --num_processes N` (it sets a rendezvous address but starts one process
-            without a rank), or the launcher's mixed precision contradicts the recipe.
+            without a rank), the launcher's mixed precision contradicts the recipe, or its FSDP is not the second or
+            offloads.
     """
     environment = os.environ
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
@@ -158,3 +159,10 @@ def check_launch(*, bf16: bool) -> None:
             f"mixed_precision is {precision} in the accelerate config and training.bf16 is {str(bf16).lower()} in the "
             "recipe; set the recipe's, and leave the other at no"
         )
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = environment.get("FSDP_VERSION", "1")  # what accelerate takes where none is given
+        if version != "2" or environment.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+            raise ValueError(
+                f"accelerate config: fsdp_version {version} or offloading is not supported; use fsdp_version: 2 "
+                "without fsdp_offload_params, as in launch/accelerate/fsdp2.yaml"
+            )

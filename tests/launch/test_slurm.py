@@ -212,6 +212,19 @@ def test_ranks_that_end_without_a_word_when_asked_do_not_count_as_a_crash(workpl
     assert finish(job)[0] == 75 and journal(workplace) == ["scontrol requeue 4321"]
 
 
+@pytest.mark.parametrize("deaf", [0, 3])
+def test_ranks_that_are_not_there_or_do_not_listen_yet_are_waited_for(workplace: Path, deaf: int) -> None:
+    """A rank ignores the signal from its start, as its launcher does, until it sets its handler."""
+    training = workplace.parent / "stand-ins" / "training"
+    training.write_text(training.read_text().replace("signal.signal(", f"time.sleep({deaf})\nsignal.signal(", 1))
+    accelerate = workplace.parent / "stand-ins" / "accelerate"
+    accelerate.write_text(accelerate.read_text().replace("bash\n", "bash\ntouch early-$SLURM_NODEID; sleep 2\n", 1))
+    job = start(workplace, "wait")
+    wait_until(lambda: all((workplace / f"early-{node}").exists() for node in range(2)))
+    job.send_signal(signal.SIGUSR1)
+    assert finish(job)[0] == 75 and "scontrol requeue 4321" in journal(workplace)
+
+
 @pytest.mark.parametrize("arguments", [("launch file.yaml",), ("launch file.yaml", "nowhere.yaml")])
 def test_missing_arguments_or_files_are_refused_before_anything_starts(
     workplace: Path, arguments: tuple[str, ...]

@@ -139,3 +139,42 @@ def test_the_shipped_files_resolve(recipe, stage):
     resolved = resolve(shipped, "zero.json", recipe("--training.bf16=true", *BATCHES), 2)
     assert resolved["zero_optimization"]["stage"] == stage and "auto" not in json.dumps(resolved)
     assert resolved["zero_optimization"].get("memory_efficient_linear") is (False if stage == 3 else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping: is not supported; remove it, or write gradient_clipping if"),
+        ({"compression_training": {}}, "compression_training: is not supported; remove it"),
+        ({"wandb": {"enabled": True}}, "wandb: the recipe decides this; remove it and use training.report_to"),
+        ({"amp": {"enabled": True}}, "amp: retrofit autocasts"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_do_beside_the_recipe_is_refused(problems, fields, expected):
+    (line,) = problems(config(**fields))
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"cpu_offload": True}, "offloading is not supported"),
+        ({"mics_shard_size": 8}, "is not supported"),
+        ({"zero_quantized_nontrainable_weights": True}, "is not supported"),
+        ({"reduce_bucket_size": "5e8"}, 'expected a number, true or false, found the text "5e8"'),
+    ],
+)
+def test_settings_of_zero_that_are_texts_or_that_nobody_tried_are_refused(problems, setting, expected):
+    (line,) = problems({"zero_optimization": {"stage": 3, **setting}})
+    assert line.startswith(f"zero_optimization.{next(iter(setting))}: {expected}")
+
+
+def test_what_nobody_tried_may_stand_there_switched_off(recipe):
+    off = {
+        "cpu_offload": False,
+        "mics_shard_size": -1,
+        "offload_param": {"device": "none"},
+        "reduce_bucket_size": "auto",
+    }
+    resolved = resolve({"zero_optimization": {"stage": 3, **off}}, "zero.json", recipe(), 2)
+    assert "reduce_bucket_size" not in resolved["zero_optimization"]
