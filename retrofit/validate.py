@@ -19,7 +19,7 @@ from retrofit.recipe import Recipe, load_recipe
 from retrofit.training import start
 from retrofit.training.launch_file import LaunchFile
 from retrofit.training.log import check_trackers
-from retrofit.training.opening import check_base, load_start, open_extras
+from retrofit.training.opening import check_base, find_start, open_extras
 from retrofit.training.preflight import check_space, checkpoint_bytes, gigabytes
 from retrofit.training.run_directory import RunDirectory
 from retrofit.training.start import Start
@@ -192,7 +192,7 @@ def _check_model(report: _Report, recipe: Recipe, store: TokenStore, resumed: Pa
     """
     if resumed is None and not _check_source(report, recipe, store):
         return None
-    begin = report.check("weights", lambda: load_start(recipe, store, resumed), lambda begin: begin.describe())
+    begin = report.check("weights", lambda: find_start(recipe, store, resumed), lambda begin: begin.describe())
     if begin is not None and resumed is not None:
         report.check("base of the run", lambda: check_base(begin, resumed), lambda _: "unchanged")
     return begin

@@ -213,9 +213,18 @@ def directories(source: Source) -> list[Path]:
 def verify_files(directory: Path) -> None:
     """Refuses files that differ from the directory's manifest, if it has one (ValueError)."""
     if (directory / checkpoint.MANIFEST).is_file():
-        problem = checkpoint.find_problem(directory, only=lambda name: "training_state" not in name)
-        if problem:
-            raise ValueError(f"{directory}: damaged or changed since it was written: {problem}")
+        refuse_damage(directory, checkpoint.find_problem(directory, only=is_loaded))
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a checkpoint's file has to do with what it loads as, rather than with training on."""
+    return "training_state" not in name
+
+
+def refuse_damage(directory: Path, problem: str | None) -> None:
+    """Refuses a directory that has a problem (ValueError)."""
+    if problem is not None:
+        raise ValueError(f"{directory}: damaged or changed since it was written: {problem}")
 
 
 def base_of(source: Source) -> Source:

@@ -52,7 +52,8 @@ from .opening import (
     check_base,
     check_disk,
     check_recipe,
-    load_start,
+    find_start_together,
+    holding,
     open_extras,
     open_run,
     take_directory,
@@ -129,18 +130,19 @@ def train(
             return
         watch.newest = opened.resumed
         store = processes.together(lambda: TokenStore.open(recipe.data.path, "train"))
-        begin = processes.together(lambda: load_start(recipe, store, opened.resumed))
+        begin = find_start_together(recipe, store, opened.resumed, processes, watch.alive)
         held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
-        trainer = Trainer(
-            recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer
-        )
-        if (resumed := opened.resumed) is not None:
-            processes.together(lambda: trainer.resume(resumed))
+        with holding(begin, opened.resumed):
+            trainer = Trainer(
+                recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer
+            )
+            if (resumed := opened.resumed) is not None:
+                processes.together(lambda: trainer.resume(resumed))
         processes.on_main(lambda: write_preamble(recipe, run, begin, opened))
         if deepspeed is not None:
             text = json.dumps(deepspeed, indent=2) + "\n"
@@ -558,9 +560,8 @@ class Trainer:
 
     def resume(self, directory: Path) -> None:
         """Puts weights, optimizer, schedule, average, generators and running means back as they were."""
-        with checkpoint.reading(directory):
-            tensors, record, rng = checkpoint.open_state(directory)
-            self.keeper.restore(tensors, record["adam_step"])
+        tensors, record, rng = checkpoint.open_state(directory)
+        self.keeper.restore(tensors, record["adam_step"])
         restore_scheduler(self.scheduler, record["scheduler"])
         self.step, self.tokens, self.pending = record["step"], record["tokens"], record["pending"]
         self.outcome.step = self.step

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +132,12 @@ def _choose(run: RunDirectory, processes: Processes, request: Request, alive: Ca
     candidates = processes.on_main(lambda: [str(path) for path in _candidates(run, request)])
     passed_over = 0
     for directory in map(Path, candidates):
-        share = checkpoint.shares(directory, processes.world_size)[processes.rank]
-
-        def is_mine(name: str, share: set[str] = share) -> bool:
-            alive()
-            return name in share
-
-        problems = [problem for problem in processes.gather(checkpoint.find_problem(directory, is_mine)) if problem]
-        if not problems:
+        problem = _find_problem(directory, processes, alive)
+        if problem is None:
             return directory
         passed_over += 1
         if processes.is_main:
-            announce(f"{directory} is passed over: {problems[0]}")
+            announce(f"{directory} is passed over: {problem}")
     if passed_over:
         what = request.resume_from or run.checkpoints
 
@@ -155,6 +151,18 @@ def _choose(run: RunDirectory, processes: Processes, request: Request, alive: Ca
 
         processes.on_main(refuse)
     return None
+
+
+def _find_problem(
+    directory: Path,
+    processes: Processes,
+    alive: Callable[[], None],
+    only: Callable[[str], bool] = lambda name: True,
+) -> str | None:
+    """As `checkpoint.find_problem`, by all ranks together, each of which hashes its share of the files."""
+    share = checkpoint.shares(directory, processes.world_size)[processes.rank]
+    mine = checkpoint.find_problem(directory, lambda name: name in share and only(name), on_bytes=lambda _: alive())
+    return next((problem for problem in processes.gather(mine) if problem), None)
 
 
 def _candidates(run: RunDirectory, request: Request) -> list[Path]:
@@ -199,11 +207,41 @@ def _fit(recipe: Recipe, run: RunDirectory, store: TokenStore, newest: Path | No
     return Opened(newest, overridden=overridden)
 
 
-def load_start(recipe: Recipe, store: TokenStore, resumed: Path | None) -> Start:
-    """The model on the meta device, and where its weights are to be had."""
+def find_start(recipe: Recipe, store: TokenStore, resumed: Path | None, *, verify: bool = True) -> Start:
+    """The model on the meta device, and where its weights are to be had.
+
+    Args:
+        verify: False where the files are compared with their manifests elsewhere.
+    """
     if resumed is None:
-        return start.from_recipe(recipe, store)
-    return start.from_checkpoint(recipe, resumed, checkpoint.read_record(resumed), store)
+        return start.from_recipe(recipe, store, verify=verify)
+    return start.from_checkpoint(recipe, resumed, checkpoint.read_record(resumed), store, verify=verify)
+
+
+def find_start_together(
+    recipe: Recipe, store: TokenStore, resumed: Path | None, processes: Processes, alive: Callable[[], None]
+) -> Start:
+    """`find_start` on all ranks, which share the work of verifying files.
+
+    Raises:
+        ValueError: the weights cannot be loaded, contradict the recipe, or are damaged.
+    """
+    begin = processes.together(lambda: find_start(recipe, store, resumed, verify=False))
+    for directory in loading.directories(begin.source):
+        if directory == resumed or not (directory / checkpoint.MANIFEST).is_file():
+            continue  # what is resumed has been verified
+        problem = _find_problem(directory, processes, alive, loading.is_loaded)
+        processes.on_main(partial(loading.refuse_damage, directory, problem))
+    return begin
+
+
+@contextmanager
+def holding(begin: Start, resumed: Path | None) -> Iterator[None]:
+    """While it lasts, nobody rotates away what weights and state are read from."""
+    with ExitStack() as stack:
+        for directory in {*loading.directories(begin.source), *([resumed] if resumed is not None else [])}:
+            stack.enter_context(checkpoint.reading(directory))
+        yield
 
 
 def check_base(begin: Start, resumed: Path | None) -> None:

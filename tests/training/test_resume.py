@@ -36,27 +36,28 @@ def whole(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("where", "step", "after"),
+    ("where", "step", "after", "workers"),
     [
-        ("start", 1, 0),
-        ("forward", 1, 0),
-        ("forward", 5, 1),  # the second of two micro-batches
-        ("backward", 7, 0),  # an epoch ends in this step
-        ("agree", 8, 0),
-        ("update", 3, 0),  # measured at this step, after the save
-        ("evaluate", 4, 0),  # within the held-out loss of step 3
-        ("sample", 5, 0),  # within the samples of step 4
-        ("save", 7, 0),
-        ("forward", 9, 0),  # the last step
+        ("start", 1, 0, 0),
+        ("forward", 1, 0, 0),
+        ("forward", 5, 1, 0),  # the second of two micro-batches
+        ("backward", 7, 0, 0),  # an epoch ends in this step
+        ("agree", 8, 0, 0),
+        ("update", 3, 0, 0),  # measured at this step, after the save
+        ("evaluate", 4, 0, 0),  # within the held-out loss of step 3
+        ("sample", 5, 0, 0),  # within the samples of step 4
+        ("save", 7, 0, 0),
+        ("forward", 9, 0, 0),  # the last step
+        ("forward", 5, 1, 2),
+        ("forward", 7, 0, 2),
+        ("evaluate", 4, 0, 2),
+        ("forward", 9, 0, 2),
     ],
 )
 def test_a_signal_at_any_moment_costs_nothing(
     make_recipe: MakeRecipe, whole: Path, tmp_path: Path, where: str, step: int, after: int, workers: int
 ) -> None:
-    if workers and where not in ("forward", "evaluate"):
-        pytest.skip("one of each kind is enough with workers")
     recipe = make_recipe(tmp_path / "run", *OPTIONS, f"--data.num_workers={workers}")
     with pytest.raises(SystemExit) as stop:
         train(recipe, probe=fail_at(0, step, where, send(signal.SIGTERM), after=after))

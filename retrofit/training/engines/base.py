@@ -5,9 +5,9 @@ In every step, on every rank, the loop calls in this order:
     for each micro-batch:  with engine.micro_batch(last=...): loss = ...; engine.backward(loss)
     norm = engine.gradient_norm();  (all ranks agree);  engine.step(...)  or  engine.discard()
 
-bfloat16 is autocast over float32 trainables in every engine, so the weights that the optimizer updates are the masters
-and the engine does not change the arithmetic. Training state has one form for all: for each trainable parameter, by
-name, a full float32 tensor of each kind in `kinds`.
+bfloat16 is autocast over float32 trainables in every engine, so the weights that the optimizer updates are the masters.
+Training state has one form for all: for each trainable parameter, by name, a full float32 tensor of each kind in
+`kinds`. What is not abstract here is for engines whose optimizer updates the model's own parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..optimizer import MOMENTS, NamedParameters
+from ..optimizer import MOMENTS, NamedParameters, clip_gradients, total_norm, trainable_parameters
 from ..processes import Processes
 
 MASTER, AVERAGE = "master", "ema"
@@ -68,6 +68,12 @@ class Engine(ABC):
             read: parameter's name -> its full tensor on the CPU, in the parameter's dtype.
         """
 
+    def _take_trainables(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Notes the trainable parameters, as the engine has laid them out, and makes the optimizer of them."""
+        self.parameters = trainable_parameters(model)
+        self._by_name = dict(self.parameters)
+        self.optimizer = make_optimizer(self.parameters)
+
     def create_state(self) -> None:
         """Creates the optimizer's state as a first step would; the average starts at the weights."""
         for master in self.masters():
@@ -111,23 +117,30 @@ class Engine(ABC):
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    @abstractmethod
     def gradient_norm(self) -> float:
         """Global 2-norm of all gradients, the same on all ranks; not finite (or negative) if any gradient is not."""
+        return float(total_norm(self.parameters))
 
-    @abstractmethod
     def step(self, norm: float, max_norm: float | None) -> None:
         """Scales gradients down to `max_norm`, updates, and clears them. Nothing else changes masters."""
+        clip_gradients(self.parameters, norm, max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    @abstractmethod
     def discard(self) -> None:
         """Drops the gradients without an update."""
+        self.optimizer.zero_grad()
 
     # ---- state
 
-    @abstractmethod
     def masters(self) -> list[Tensor]:
         """The float32 tensors of this rank that the optimizer updates: parameters, or flat parts of many."""
+        return [parameter for _, parameter in self.parameters]
+
+    def _state(self, kind: str, name: str) -> Tensor:
+        """Where the optimizer updates the parameters themselves: the parameter, or the optimizer's tensor beside it."""
+        parameter = self._by_name[name]
+        return parameter.detach() if kind == MASTER else self.optimizer.state[parameter][kind]
 
     @abstractmethod
     def masters_changed(self) -> None:

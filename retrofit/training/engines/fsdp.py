@@ -1,9 +1,9 @@
 """Fully sharded data parallel, torch's second (`fully_shard`): every tensor is split over the ranks by its first axis.
 
 Units: each block, the LM head, each new module; embedding and final norm stay with the root. Blocks and head are
-gathered in bfloat16 where the recipe computes in it, and the root and the new modules as they are stored, so that the
-arithmetic is the autocast of one process. Gradients are reduced, in float32, after every micro-batch: a rank never
-holds a whole gradient.
+gathered in bfloat16 where the recipe computes in it, root and new modules as they are stored: the arithmetic is the
+autocast of one process, but for the blocks' norms, whose gains are bfloat16 too. Gradients are reduced, in float32,
+after every micro-batch: a rank never holds a whole gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from retrofit.flexmdm.modeling import NEW_MODULES
 
-from ..optimizer import clip_gradients, total_norm, trainable_parameters
-from .base import MASTER, Engine, MakeOptimizer, ReadTensor
+from ..optimizer import total_norm
+from .base import Engine, MakeOptimizer, ReadTensor
 
 
 class FullyShardedEngine(Engine):
@@ -39,9 +39,7 @@ class FullyShardedEngine(Engine):
         # Of the time modulations, which are views that nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.module = self.model = model
-        self.parameters = trainable_parameters(model)
-        self._by_name = dict(self.parameters)
-        self.optimizer = make_optimizer(self.parameters)
+        self._take_trainables(model, make_optimizer)
         self.create_state()
 
     def _shard(self, model: Any, *, reshard_after_forward: bool) -> None:
@@ -76,20 +74,6 @@ class FullyShardedEngine(Engine):
         """See `Engine.gradient_norm`."""
         return float(cast(DTensor, total_norm(self.parameters)).full_tensor())
 
-    def step(self, norm: float, max_norm: float | None) -> None:
-        """See `Engine.step`."""
-        clip_gradients(self.parameters, norm, max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def discard(self) -> None:
-        """See `Engine.discard`."""
-        self.optimizer.zero_grad()
-
-    def masters(self) -> list[Tensor]:
-        """See `Engine.masters`."""
-        return [parameter for _, parameter in self.parameters]
-
     def masters_changed(self) -> None:
         """See `Engine.masters_changed`. The root stays gathered after a forward without a backward: let go of it."""
         for module in self.model.modules():
@@ -98,16 +82,12 @@ class FullyShardedEngine(Engine):
 
     def read(self, kind: str, name: str) -> Tensor:
         """See `Engine.read`."""
-        return self._state(kind, name).full_tensor()
+        return cast(DTensor, self._state(kind, name)).full_tensor()
 
     @torch.no_grad()
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """See `Engine.write`."""
-        _set(self._state(kind, name), tensor)
-
-    def _state(self, kind: str, name: str) -> DTensor:
-        parameter = self._by_name[name]
-        return cast(DTensor, parameter.detach() if kind == MASTER else self.optimizer.state[parameter][kind])
+        _set(cast(DTensor, self._state(kind, name)), tensor)
 
 
 def _agree_on_dtype(unit: nn.Module) -> None:

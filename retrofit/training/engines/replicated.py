@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retrofit.checkpoints.weights import materialise
 
-from ..optimizer import clip_gradients, total_norm, trainable_parameters
-from .base import MASTER, Engine, MakeOptimizer, ReadTensor
+from .base import Engine, MakeOptimizer, ReadTensor
 
 
 class ReplicatedEngine(Engine):
@@ -27,9 +26,7 @@ class ReplicatedEngine(Engine):
         """See `Engine.prepare`."""
         materialise(model, read, on_leaf=lambda leaf: leaf.to(self.device))
         self.module = self.model = model
-        self.parameters = trainable_parameters(model)
-        self._by_name = dict(self.parameters)
-        self.optimizer = make_optimizer(self.parameters)
+        self._take_trainables(model, make_optimizer)
         self.create_state()
         if self.processes.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
@@ -44,31 +41,12 @@ class ReplicatedEngine(Engine):
             stack.enter_context(self.autocast())
             yield
 
-    def gradient_norm(self) -> float:
-        """See `Engine.gradient_norm`."""
-        return float(total_norm(self.parameters))
-
-    def step(self, norm: float, max_norm: float | None) -> None:
-        """See `Engine.step`."""
-        clip_gradients(self.parameters, norm, max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def discard(self) -> None:
-        """See `Engine.discard`."""
-        self.optimizer.zero_grad()
-
-    def masters(self) -> list[Tensor]:
-        """See `Engine.masters`."""
-        return [parameter for _, parameter in self.parameters]
-
     def masters_changed(self) -> None:
         """See `Engine.masters_changed`. The masters are the model's own weights."""
 
     def read(self, kind: str, name: str) -> Tensor:
         """See `Engine.read`."""
-        parameter = self._by_name[name]
-        return parameter.detach() if kind == MASTER else self.optimizer.state[parameter][kind]
+        return self._state(kind, name)
 
     @torch.no_grad()
     def write(self, kind: str, name: str, tensor: Tensor) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from retrofit.checkpoints.weights import materialise
 
-from ..optimizer import trainable_parameters
 from ..processes import Processes
 from .base import MASTER, Engine, MakeOptimizer, ReadTensor
 
@@ -38,9 +37,7 @@ class ZeroEngine(Engine):
         import deepspeed
 
         self._make_real(model, read)
-        self.parameters = trainable_parameters(model)
-        self._by_name = dict(self.parameters)
-        self.optimizer = make_optimizer(self.parameters)
+        self._take_trainables(model, make_optimizer)
         self.model, zero, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
@@ -69,6 +66,15 @@ class ZeroEngine(Engine):
         """See `Engine.discard`."""
         self.zero.zero_grad()
 
+    def read(self, kind: str, name: str) -> Tensor:
+        """See `Engine.read`."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._by_name[name]
+        if kind == MASTER:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
 
 class ZeroOneTwoEngine(ZeroEngine):
     """Stages 1 and 2: every rank has the weights, and a flat float32 part of the masters of each parameter group."""
@@ -93,15 +99,6 @@ class ZeroOneTwoEngine(ZeroEngine):
     def masters_changed(self) -> None:
         """See `Engine.masters_changed`."""
         self.zero.update_lp_params()
-
-    def read(self, kind: str, name: str) -> Tensor:
-        """See `Engine.read`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameter = self._by_name[name]
-        if kind == MASTER:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """See `Engine.write`."""
@@ -143,15 +140,6 @@ class ZeroThreeEngine(ZeroEngine):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-
-    def read(self, kind: str, name: str) -> Tensor:
-        """See `Engine.read`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameter = self._by_name[name]
-        if kind == MASTER:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """See `Engine.write`. Parts are of equal size, the last one padded with zeros."""
