@@ -7,12 +7,8 @@ a weight can change its rounding to bfloat16 by 2^-8, and Adam makes steps of on
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,10 @@ from retrofit.checkpoints import checkpoint
 from retrofit.checkpoints.loading import load_model
 from retrofit.recipe import Recipe, dump_recipe, load_recipe
 from retrofit.training.loop import train
+from tests.training.runs import launch, outcome, read_log, state
 
 MakeRecipe = Callable[..., Recipe]
-Tensors = dict[str, torch.Tensor]
 
-ROOT = Path(__file__).parents[2]
 MATRIX = os.environ.get("RETROFIT_MATRIX") == "1"
 """Whether every engine goes on from every other (`make faults`)."""
 ENGINES = [*(["ddp"] if MATRIX else []), "zero1", "zero2", "zero3", "fsdp2"]
@@ -56,7 +51,6 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "full-diskfull": FULL,
 }  # fmt: skip
 ALONE = ("full", "lora", "bf16", "bf16-lora", "an_empty_rank", "tied")
-TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
 
 
 @pytest.fixture(scope="session")
@@ -84,25 +78,6 @@ def alone(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def launch(engine: str, root: Path, names: list[str], processes: int = 2) -> str:
-    """Runs `root/NAME.yaml` one after the other under the engine's launch file; returns stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{engine}.yaml",
-        f"--num_processes={processes}", f"--main_process_port={port}",
-        str(Path(__file__).with_name("launched.py")), str(root / "outcomes"), *(str(root / f"{n}.yaml") for n in names),
-    ]  # fmt: skip
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-6000:]
-    ranks = [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(processes)]
-    (root / "outcomes.json").write_text(json.dumps(dict(zip(names, zip(*ranks, strict=True), strict=True))))
-    return done.stderr
-
-
 @pytest.fixture(scope="session", params=ENGINES)
 def root(request: Any, make: MakeRecipe, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scenarios by two processes of an engine; `full-resumed` goes on where `full-signalled` stopped."""
@@ -113,20 +88,6 @@ def root(request: Any, make: MakeRecipe, alone: Path, tmp_path_factory: pytest.T
     shutil.copytree(alone / "full", root / "alone")
     (root / "stderr.txt").write_text(launch(request.param, root, [*SCENARIOS, "full-resumed"]))
     return root
-
-
-def outcome(root: Path, name: str) -> list[str]:
-    return list(json.loads((root / "outcomes.json").read_text())[name])
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def state(run: Path, step: int = 6) -> Tensors:
-    tensors, _, _ = checkpoint.open_state(run / "checkpoints" / checkpoint.step_name(step))
-    return {name: tensors.read(name) for name in tensors.shapes}
 
 
 def log_difference(run: Path, other: Path) -> float:

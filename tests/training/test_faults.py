@@ -22,7 +22,7 @@ import pytest
 from retrofit.checkpoints import checkpoint
 from retrofit.recipe import Recipe, dump_recipe
 from retrofit.training.loop import train
-from tests.training.test_engines import launch, read_log
+from tests.training.runs import launch, read_log
 
 MakeRecipe = Callable[..., Recipe]
 

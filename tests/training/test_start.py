@@ -26,15 +26,6 @@ QUICK = ("--training.max_steps=2", "--model.time_hidden_size=null")
 FROM_LLADA = ("--training.max_steps=2", "--model.time_hidden_size=32")
 
 
-@pytest.fixture(scope="module")
-def runs(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`full` and `lora`, both two steps from the plain LLaDA."""
-    root = tmp_path_factory.mktemp("parents")
-    train(make_recipe(root / "full", *FROM_LLADA))
-    train(make_recipe(root / "lora", *FROM_LLADA, *LORA))
-    return root
-
-
 def begin(recipe: Recipe) -> start.Start:
     return start.from_recipe(recipe, TokenStore.open(recipe.data.path, "train"))
 

@@ -19,7 +19,6 @@ from retrofit.data.store import TokenStore
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAConfig
 from retrofit.recipe import Recipe
 from retrofit.training import start
-from retrofit.training.loop import train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -27,15 +26,6 @@ LORA = ("--lora.r=4", "--lora.lora_alpha=8", "--lora.target_modules=[q_proj, mod
 BF16 = ("--model.dtype=bfloat16", "--training.bf16=true")
 QUICK = ("--training.max_steps=2", "--model.time_hidden_size=null")
 FROM_LLADA = ("--training.max_steps=2", "--model.time_hidden_size=32")
-
-
-@pytest.fixture(scope="module")
-def runs(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`full` and `lora`, both two steps from the plain LLaDA."""
-    root = tmp_path_factory.mktemp("parents")
-    train(make_recipe(root / "full", *FROM_LLADA))
-    train(make_recipe(root / "lora", *FROM_LLADA, *LORA))
-    return root
 
 
 def begin(recipe: Recipe) -> start.Start:

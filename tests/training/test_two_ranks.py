@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import retrofit
 from retrofit.checkpoints import checkpoint
 from retrofit.checkpoints.loading import load_model
 from retrofit.recipe import Recipe, dump_recipe
 from retrofit.training.loop import train
+from tests.training.runs import launch, outcome, read_log, state
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -54,42 +48,10 @@ def root(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in SCENARIOS:
         dump_recipe(make_recipe(root / name, *SCENARIOS[name]), root / f"{name}.yaml")
     shutil.copyfile(root / "full-signalled.yaml", root / "full-resumed.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}",
-        str(Path(__file__).with_name("launched.py")), str(root / "outcomes"), *(str(root / f"{n}.yaml") for n in names),
-    ]  # fmt: skip
-    # The tests may run from a tree that is not installed.
-    path = os.pathsep.join([str(Path(retrofit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (root / "stderr.txt").write_text(done.stderr)
-    ranks = [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(2)]
-    (root / "outcomes.json").write_text(json.dumps(dict(zip(names, zip(*ranks, strict=True), strict=True))))
+    (root / "stderr.txt").write_text(launch("ddp", root, names))
     for name in ALONE:
         train(make_recipe(root / f"{name}-alone", *SCENARIOS[name]))
     return root
-
-
-def outcome(root: Path, name: str) -> list[str]:
-    return list(json.loads((root / "outcomes.json").read_text())[name])
-
-
-TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    tensors, _, _ = checkpoint.open_state(run / "checkpoints" / checkpoint.step_name(step))
-    return {name: tensors.read(name) for name in tensors.shapes}
 
 
 @pytest.mark.parametrize("name", ALONE)
