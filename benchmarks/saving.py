@@ -9,6 +9,7 @@ beside which the writing goes on; "synchronous" is the same save waited for.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,14 @@ from retrofit.checkpoints.weights import TensorFiles
 
 FULL_8B = 116.2e9
 """Bytes of a checkpoint of recipes/llada-8b/transfer-full.yaml, 12 of state and 2 of weights a parameter."""
+
+
+def forget(directory: Path) -> None:
+    """Makes the system forget what it has of the files in memory, so that they are read from the disk."""
+    for path in directory.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def main() -> None:
@@ -44,9 +53,11 @@ def main() -> None:
             outcome = saver.wait()
             assert outcome is not None and outcome.problem is None
             whole = time.monotonic() - began
+            forget(directory)
             began = time.monotonic()
             assert checkpoint.find_problem(directory) is None
             verify = time.monotonic() - began
+            forget(directory)
             began = time.monotonic()
             files = TensorFiles([directory / name])
             for key in files.shapes:

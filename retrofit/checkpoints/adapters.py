@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from retrofit.flexmdm.modeling import NEW_MODULES
 
-from .weights import Files, Readers, TensorFiles, write_files
+from .weights import Files, Readers, TensorFiles
 
 HEAD = "model.transformer.ff_out"
 """The LM head's path. Each block has a linear map of the same last name, so the head is always named in full."""
@@ -206,19 +206,6 @@ def adapter_files(
         CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
         WEIGHTS_FILE: {_file_key(name): tensor for name, tensor in weights.items()},
     }
-
-
-def save_adapter(
-    directory: Path,
-    weights: Mapping[str, Tensor],
-    settings: AdapterSettings,
-    *,
-    base_model: str,
-    base_revision: str | None,
-) -> None:
-    """Writes an ordinary PEFT directory (see `adapter_files`)."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_files(directory, adapter_files(weights, settings, base_model=base_model, base_revision=base_revision))
 
 
 def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, str | None]:

@@ -67,11 +67,6 @@ class Saver:
         self._aborted: str | None = None
         self._temporary: Path | None = None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way, or its outcome has not been fetched."""
-        return self._thread is not None
-
     def begin(
         self,
         directory: Path,
@@ -236,22 +231,6 @@ class Saver:
         except OSError as error:
             return describe(error, directory)
         return None
-
-
-def save_now(directory: Path, files: Mapping[str, Content], probe: Probe = no_probe, step: int = 0) -> None:
-    """Writes a directory that is whole or absent, by this process alone.
-
-    Raises:
-        OSError: it could not be written; nothing of it is left.
-    """
-    if not directory.parent.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    saver = Saver(0, 1, probe)
-    saver.begin(directory, step, files)
-    outcome = saver.wait()
-    assert outcome is not None
-    if outcome.problem:
-        raise OSError(f"{directory}: {outcome.problem}")
 
 
 def _read_back(path: Path) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from retrofit.checkpoints import adapters
 from retrofit.checkpoints.adapters import HEAD, AdapterSettings
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
+from tests.saves import save_adapter
 
 TARGETS = ("q_proj", "v_proj", HEAD)
 
@@ -30,7 +31,7 @@ def adapted(toy: Path, targets: tuple[str, ...] = TARGETS, dropout: float = 0.0)
 def save(model: FlexMDMForMaskedDiffusion, directory: Path, toy: Path, targets: tuple[str, ...] = TARGETS) -> None:
     weights = {name: model.get_parameter(name) for name in adapters.adapter_names(model)}
     settings = AdapterSettings(4, 8.0, 0.0, targets)
-    adapters.save_adapter(directory, weights, settings, base_model=str(toy / "model"), base_revision=None)
+    save_adapter(directory, weights, settings, base_model=str(toy / "model"), base_revision=None)
     model.config.save_pretrained(directory)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retrofit.checkpoints import checkpoint
-from retrofit.checkpoints.saving import save_now
+from tests.saves import save_now
 
 STATE = checkpoint.state_file(0, 1)
 

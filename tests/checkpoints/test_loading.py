@@ -13,6 +13,7 @@ from retrofit.checkpoints.adapters import AdapterSettings
 from retrofit.checkpoints.loading import load_model, resolve
 from retrofit.data.tiny import init
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAForMaskedDiffusion
+from tests.saves import save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = AdapterSettings(2, 4.0, 0.0, ("q_proj",))
     adapters.inject(model, settings)
     weights = {name: torch.randn_like(model.get_parameter(name)) for name in adapters.adapter_names(model)}
-    adapters.save_adapter(root / "adapter", weights, settings, base_model=str(root / "model"), base_revision=None)
+    save_adapter(root / "adapter", weights, settings, base_model=str(root / "model"), base_revision=None)
     model.config.save_pretrained(root / "adapter")
     return root
 

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from retrofit.checkpoints import checkpoint
-from retrofit.checkpoints.saving import Content, Outcome, Saver, save_now
+from retrofit.checkpoints.saving import Content, Outcome, Saver
 from retrofit.checkpoints.tensor_file import write_tensors
 from retrofit.probe import Probe, no_probe
 from tests.faults import Fault, disk_full, read_only, stale_handle
+from tests.saves import save_now
 
 WORLD = 4
 
@@ -52,7 +53,7 @@ class Job:
                 saver.begin(directory, 1, content(saver.rank))
         outcomes = [saver.wait() for saver in self.savers]
         self.savers[0].clear()
-        assert outcomes[0] is not None and not any(saver.busy for saver in self.savers)
+        assert outcomes[0] is not None and all(saver.poll() is None for saver in self.savers)
         return outcomes[0]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from retrofit.checkpoints import checkpoint, verify
-from retrofit.checkpoints.saving import save_now
 from retrofit.cli import main
+from tests.saves import save_now
 
 
 @pytest.fixture
