@@ -8,7 +8,7 @@ not; `install_shim` tells it both. It also keeps DeepSpeed from compiling a shar
 What a recipe's file is called decides what is done to its run:
     *-copy        starts as what the run before it would have been, killed after its first checkpoint
     *-from-NAME   the same, of the run NAME beside it
-    *-signalled   rank 1 alone gets SIGUSR1 in the third step
+    *-signalled   rank 1 alone gets SIGUSR1 in the third step; *-signalled7: in the seventh, in its second micro-batch
     *-hanging     rank 1 sleeps for ever in step 3; *-killed: it is killed there
     *-poisoned    rank 1's loss in step 3 is NaN
     *-diskfull    rank 1 finds the disk full while it writes step 4
@@ -86,6 +86,8 @@ def main() -> None:
                     shutil.rmtree(step)
             torch.distributed.barrier()
         probe = next((probes[name] for name in probes if path.stem.endswith(f"-{name}")), no_probe)
+        if signalled := re.search(r"-signalled(\d+)$", path.stem):
+            probe = fail_at(1, int(signalled.group(1)), "forward", send(signal.SIGUSR1), after=1)
         try:
             train(recipe, probe=probe)
             outcomes.append("complete")

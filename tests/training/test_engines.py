@@ -50,6 +50,16 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "full-poisoned": FULL,
     "full-diskfull": FULL,
 }  # fmt: skip
+# An epoch of 56 documents ends within step 7 of the long runs: first step, epoch boundary, last step.
+POINTS = (1, 7, 9)
+if MATRIX:
+    for kind in ("long", "long-bf16"):
+        options = (*SCENARIOS["bf16" if "bf16" in kind else "full"], "--training.max_steps=9", "--data.num_workers=2")
+        SCENARIOS |= dict.fromkeys((kind, *(f"{kind}-signalled{step}" for step in POINTS)), options)
+RESUMED = {"full-resumed": "full-signalled"} | {
+    name.replace("signalled", "resumed"): name for name in SCENARIOS if "-signalled" in name and name[-1].isdigit()
+}
+"""Names under which runs go on -> the runs."""
 ALONE = ("full", "lora", "bf16", "bf16-lora", "an_empty_rank", "tied")
 
 
@@ -80,13 +90,14 @@ def alone(make: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=ENGINES)
 def root(request: Any, make: MakeRecipe, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenarios by two processes of an engine; `full-resumed` goes on where `full-signalled` stopped."""
+    """The scenarios by two processes of an engine; `full-resumed` goes on where `full-signalled` stopped, and so on."""
     root: Path = tmp_path_factory.mktemp(request.param)
     for name, options in SCENARIOS.items():
         dump_recipe(make(root / name, *options), root / f"{name}.yaml")
-    shutil.copyfile(root / "full-signalled.yaml", root / "full-resumed.yaml")
+    for name, run in RESUMED.items():
+        shutil.copyfile(root / f"{run}.yaml", root / f"{name}.yaml")
     shutil.copytree(alone / "full", root / "alone")
-    (root / "stderr.txt").write_text(launch(request.param, root, [*SCENARIOS, "full-resumed"]))
+    (root / "stderr.txt").write_text(launch(request.param, root, [*SCENARIOS, *RESUMED]))
     return root
 
 
@@ -135,6 +146,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root: Path, name: st
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(root: Path) -> None:
     assert outcome(root, "full-signalled") == ["exit 75"] * 2 and outcome(root, "full-resumed") == ["complete"] * 2
     assert checkpoint.find_problem(root / "full-signalled" / "checkpoints" / checkpoint.step_name(3)) is None
+
+
+@pytest.mark.skipif(not MATRIX, reason="in make faults")
+@pytest.mark.parametrize("kind", ["long", "long-bf16"])
+@pytest.mark.parametrize("step", POINTS)
+def test_a_signal_in_the_middle_of_accumulation_costs_nothing(root: Path, kind: str, step: int) -> None:
+    """In the first step, at the end of an epoch, in the last step; with two data workers."""
+    stopped = f"{kind}-signalled{step}"
+    assert outcome(root, stopped) == ["exit 75"] * 2
+    assert outcome(root, f"{kind}-resumed{step}") == ["complete"] * 2
+    whole, again = state(root / kind, 9), state(root / stopped, 9)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+    assert read_log(root / kind) == read_log(root / stopped)
 
 
 def test_a_run_of_one_process_goes_on_with_two_of_this_engine(root: Path, alone: Path) -> None:
