@@ -1,8 +1,8 @@
 """Each engine, by the launch file that users take, with two processes on a CPU. One launch runs all its scenarios.
 
-Every run is compared with one process on the same recipe. The bounds are a few times what was measured:
-float32, loss and norm of every step 1e-6 (sums in another order); bfloat16 compute 2e-2, where a last-bit difference of
-a weight can change its rounding to bfloat16 by 2^-8, and Adam makes steps of one size out of gradients of any.
+Every run is compared with one process on the same recipe. Bounds: float32, losses and norms of every step 3e-6, from
+sums in another order (measured: 4e-7); bfloat16 compute 2e-2 (4e-3), where a last-bit difference of a weight can change
+its rounding to bfloat16 by 2^-8, and Adam makes steps of one size out of gradients of any.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # An epoch of 56 documents ends within step 7 of the long runs: first step, epoch boundary, last step.
 POINTS = (1, 7, 9)
+BOUND = 3e-6
 if MATRIX:
     for kind in ("long", "long-bf16"):
         options = (*SCENARIOS["bf16" if "bf16" in kind else "full"], "--training.max_steps=9", "--data.num_workers=2")
@@ -114,7 +115,7 @@ def log_difference(run: Path, other: Path) -> float:
     )
 
 
-@pytest.mark.parametrize(("name", "bound"), [(n, 2e-2 if "bf16" in n else 1e-5) for n in ALONE])
+@pytest.mark.parametrize(("name", "bound"), [(n, 2e-2 if "bf16" in n else BOUND) for n in ALONE])
 def test_two_processes_train_as_one_does(root: Path, alone: Path, name: str, bound: float) -> None:
     assert outcome(root, name) == ["complete", "complete"]
     difference = log_difference(root / name, alone / name)
@@ -163,9 +164,9 @@ def test_a_signal_in_the_middle_of_accumulation_costs_nothing(root: Path, kind: 
 
 def test_a_run_of_one_process_goes_on_with_two_of_this_engine(root: Path, alone: Path) -> None:
     assert outcome(root, "full-from-alone") == ["complete", "complete"]
-    difference, uninterrupted = log_difference(root / "full-from-alone", alone / "full"), 1e-5
+    difference = log_difference(root / "full-from-alone", alone / "full")
     print(f"measured {root.name} one to two: {difference:.1e}")
-    assert difference < uninterrupted
+    assert difference < BOUND
 
 
 def test_a_run_of_this_engine_goes_on_with_one_process(root: Path, tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_run_of_this_engine_goes_on_with_one_process(root: Path, tmp_path: Pat
     train(recipe)
     difference = log_difference(tmp_path / "run", root / "full")
     print(f"measured {root.name} two to one: {difference:.1e}")
-    assert difference < 1e-5
+    assert difference < BOUND
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(root: Path) -> None:
@@ -247,6 +248,6 @@ def test_every_engine_goes_on_from_every_other(
         ours, theirs = state(tmp_path / name), state(whole)
         bits = all(torch.equal(ours[key], theirs[key]) for key in theirs)
         print(f"measured {source} to {target}, {kind}: {'bit-equal' if bits else f'{difference:.1e}'}")
-        assert difference < (5e-2 if kind == "bf16" else 1e-5)
+        assert difference < (2e-2 if kind == "bf16" else BOUND)
         if source == target and kind != "chain":
             assert bits

@@ -89,7 +89,7 @@ def test_a_run_killed_at_random_points_loses_nothing_and_ends_bit_identical(
         assert newest is None or state_digest(newest) == digests[int(newest.name[5:])]
     train(recipe)
     print(f"measured: {KILLS} kills, {inside} of them inside a save, {lost} checkpoints lost, {steps} steps")
-    assert lost == 0 and inside >= KILLS // 4
+    assert lost == 0 and inside >= KILLS // 2
     last = checkpoint.step_name(steps)
     assert state_digest(run / "checkpoints" / last) == state_digest(tmp_path / "whole" / "checkpoints" / last)
     assert read_log(run) == read_log(tmp_path / "whole")
