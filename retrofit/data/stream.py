@@ -7,6 +7,7 @@ ranks, workers, accumulation and the token budget only decide who computes what.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -66,8 +67,21 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(rows) for rows in members]
 
 
-class StepStream(Dataset[list[MicroBatch]]):
-    """`stream[step]` is the list of micro-batches of this rank, as many on every rank.
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in a step.
+
+    Attributes:
+        micro_batches: this rank's, as many on every rank.
+        rows: rows of each micro-batch of each rank (micro-batch, rank), known to all ranks.
+    """
+
+    micro_batches: list[MicroBatch]
+    rows: list[list[int]]
+
+
+class StepStream(Dataset[StepBatches]):
+    """`stream[step]` is this rank's part of a step.
 
     Args:
         documents_per_step: documents of a step over all ranks.
@@ -114,10 +128,15 @@ class StepStream(Dataset[list[MicroBatch]]):
         documents = self.store.documents(document_order(ordinals, len(self.store), self.seed).tolist())
         return self.objective.prepare(documents, ordinals, stratified_times(ordinals, self.time_strata, self.seed))
 
-    def __getitem__(self, step: int) -> list[MicroBatch]:
+    def __getitem__(self, step: int) -> StepBatches:
         examples = self.examples(self.ordinals(step))
-        bins = self.cut(examples.lengths.tolist())
-        return [examples.micro_batch(rows) for rows in bins[self.rank :: self.world_size]]
+        lengths, size = examples.lengths.tolist(), self.world_size
+        bins = self.cut(lengths)
+        loads = [sum(lengths[i] for i in rows) for rows in bins]
+        return StepBatches(
+            micro_batches=[examples.micro_batch(rows) for rows in bins[self.rank :: size]],
+            rows=[loads[first : first + size] for first in range(0, len(bins), size)],
+        )
 
     def cut(self, lengths: Sequence[int]) -> list[list[int]]:
         """Cuts documents into bins within the token budget, a multiple of the world size of them.

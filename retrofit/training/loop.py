@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retrofit.checkpoints import checkpoint
 from retrofit.data.store import TokenStore
-from retrofit.data.stream import StepStream
+from retrofit.data.stream import StepBatches, StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
@@ -266,7 +266,7 @@ class Trainer:
         stream = self._stream(
             store, objective, seed=HELD_OUT_SEED, documents_per_step=count, time_strata=count, max_steps=1
         )
-        return stream[0]
+        return stream[0].micro_batches
 
     # ---- the loop
 
@@ -295,8 +295,8 @@ class Trainer:
             self._skip_step()
         self.finish()
 
-    def _batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """(step, counted from 0, its micro-batches) of the steps that are left, without those to be skipped."""
+    def _batches(self) -> Iterator[tuple[int, StepBatches]]:
+        """(step, counted from 0, this rank's part of it) of the steps that are left, without those to be skipped."""
         section = self.recipe.training
         steps = [step for step in range(self.step, section.max_steps) if step + 1 not in section.skip_steps]
         loader = DataLoader(
@@ -364,15 +364,15 @@ class Trainer:
             self.run.append({"step": self.step, "kind": "skipped", "draws": [draws[0], draws[-1]]})
         self._after_step(stop=False)
 
-    def take_step(self, batches: list[MicroBatch]) -> bool:
-        """One optimizer step over this rank's micro-batches; returns whether the ranks agreed to stop after it.
+    def take_step(self, step: StepBatches) -> bool:
+        """One optimizer step over this rank's part of it; returns whether the ranks agreed to stop after it.
 
         The loss is the sum over documents and positions, divided by documents_per_step times the window.
 
         Raises:
             NotFinite: before the update, on all ranks, if any loss or gradient is not finite.
         """
-        engine, began = self.engine, time.monotonic()
+        engine, began, batches = self.engine, time.monotonic(), step.micro_batches
         scale = self.recipe.training.documents_per_step * self.recipe.objective.window
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
         for i, batch in enumerate(batches):
@@ -388,13 +388,10 @@ class Trainer:
 
         names = list(seen[0][1])
         sums = torch.stack([torch.cat([terms[name] for _, terms in seen]).double().sum() for name in names]).tolist()
-        rows = sum(batch.num_tokens for batch in batches)
         signalled, infinite = self.guard.received is not None, not (math.isfinite(norm) and norm >= 0)
         part_failed = self.keeper.poll()
         self.watch.newest = self.keeper.newest
-        *totals, all_rows, stop, bad_norm, failed = self.processes.total(
-            [*sums, rows, signalled, infinite, part_failed]
-        )
+        *totals, stop, bad_norm, failed = self.processes.total([*sums, signalled, infinite, part_failed])
         losses = {name: total / scale for name, total in zip(names, totals, strict=True)}
         if bad_norm or not all(map(math.isfinite, losses.values())):
             engine.discard()
@@ -410,8 +407,9 @@ class Trainer:
             engine.update_average(self.recipe.training.ema_decay)
         self.step += 1
         self.outcome.step = self.step
-        self.tokens += int(all_rows)
-        self.since_log.add(losses, int(all_rows), time.monotonic() - began)
+        rows = sum(map(sum, step.rows))
+        self.tokens += rows
+        self.since_log.add(losses, rows, time.monotonic() - began)
         self.since_log.last = {"gradient_norm": norm, "learning_rate": rate}
         self.probe("updated", self.step)
         return bool(stop)
@@ -611,5 +609,5 @@ def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int) -> Objective
     return FlexMDMObjective(config, seed)
 
 
-def _identity(batches: list[MicroBatch]) -> list[MicroBatch]:
+def _identity(batches: StepBatches) -> StepBatches:
     return batches

@@ -53,10 +53,10 @@ def by_ordinal(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int
 
 def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() -> None:
     for step in range(3):
-        alone = by_ordinal(stream()[step])
+        alone = by_ordinal(stream()[step].micro_batches)
         assert sorted(alone) == list(range(12 * step, 12 * step + 12))
         for changes in ({"world_size": 3}, {"micro_batches": 4}, {"max_tokens_per_device": 40}, {"world_size": 16}):
-            shares = [stream(**changes, rank=rank)[step] for rank in range(changes.get("world_size", 1))]
+            shares = [stream(**changes, rank=rank)[step].micro_batches for rank in range(changes.get("world_size", 1))]
             assert len({len(share) for share in shares}) == 1  # as many micro-batches on every rank
             assert by_ordinal([batch for share in shares for batch in share]) == alone
 
@@ -65,13 +65,20 @@ def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() 
 def test_workers_change_nothing(workers: int) -> None:
     loader = DataLoader(stream(), batch_size=None, sampler=range(2, 6), num_workers=workers)
     for step, batches in zip(range(2, 6), loader, strict=True):
-        assert by_ordinal(batches) == by_ordinal(stream()[step])
+        assert by_ordinal(batches.micro_batches) == by_ordinal(stream()[step].micro_batches)
 
 
 def test_no_micro_batch_exceeds_the_budget() -> None:
     for step in range(6):
-        for batch in stream(max_tokens_per_device=30)[step]:
+        for batch in stream(max_tokens_per_device=30)[step].micro_batches:
             assert batch.num_tokens <= 30
+
+
+def test_every_rank_knows_how_many_rows_each_micro_batch_of_each_rank_has() -> None:
+    shares = [stream(max_tokens_per_device=40, world_size=3, rank=rank)[0] for rank in range(3)]
+    for rank, share in enumerate(shares):
+        assert share.rows == shares[0].rows
+        assert [rows[rank] for rows in share.rows] == [batch.num_tokens for batch in share.micro_batches]
 
 
 def test_a_document_over_the_budget_is_refused_with_the_remedy() -> None:

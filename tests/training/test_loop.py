@@ -332,7 +332,7 @@ def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_
     stream = StepStream(
         store, objective, seed=0, documents_per_step=8, time_strata=8, max_tokens_per_device=10_000, max_steps=1
     )
-    (batch,) = stream[0]
+    (batch,) = stream[0].micro_batches
     loss = torch.stack([term.sum() for term in objective.loss_terms(model, batch).values()]).sum() / (8 * 32)
     loss.backward()
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
