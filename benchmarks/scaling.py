@@ -3,9 +3,9 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --plot docs/img/scaling.png
 
-The toy of `training_step` (CPU seconds of a step, median over repeats, the ways in turns): against the documents' length,
-their number, and the vocabulary. Ours has to grow with useful tokens, the published step with the canvas. Imbalance is
-the fullest rank's rows over the mean, simulated for documents of natural length at stratified t.
+The toy of `training_step`, CPU seconds of a step (median over repeats) against the documents' length, their number, and
+the vocabulary. Ours has to grow with useful tokens, the published step with the canvas. Imbalance is the fullest rank's
+rows over the mean, simulated for documents of natural length at stratified t.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from retrofit.data.stream import balance
 from .step_ways import WAYS, Step
 from .toy import natural_lengths, random_documents, toy_config, toy_model
 
-OURS, PUBLISHED = WAYS[:2]
 LENGTHS = (64, 128, 256, 512, 1024)
 BATCHES = (1, 2, 4, 8, 16)
 VOCABULARIES = (1024, 4096, 16384, 65536)
