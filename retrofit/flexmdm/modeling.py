@@ -259,7 +259,7 @@ def add_slots(
     rows = tokens.shape[0]
     padded = F.pad(tokens, (0, 1)).scatter(1, lengths[:, None], slot)
     occupied = torch.arange(padded.shape[1], device=tokens.device) <= lengths[:, None]
-    flags: dict[str, Tensor] = {}
+    flags: dict[str, Any] = {}
     if kept is not None or open_gaps is not None:
         kept = torch.zeros_like(tokens, dtype=torch.bool) if kept is None else kept.bool()
         end = torch.zeros(rows, 1, dtype=torch.bool, device=tokens.device)
