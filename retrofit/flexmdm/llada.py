@@ -25,7 +25,7 @@ from .attention import Plan, attention, choose_backend, plan_attention
 from .configuration import LLaDAConfig
 from .packing import PackedSequences, cumulative_lengths, lengths_from_mask
 
-Modulation = tuple[Tensor, Tensor]  # scale and shift, each [T, d]
+Modulation = tuple[Tensor, Tensor]  # gain and shift, each [T, d]
 
 
 class RMSNorm(nn.Module):
@@ -64,12 +64,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def modulate(x: Tensor, modulation: Modulation | None) -> Tensor:
-    """Adaptive layer norm: x (1 + scale) + shift (Peebles and Xie, arXiv 2212.09748)."""
+    """Adaptive layer norm: x gain + shift (Peebles and Xie, arXiv 2212.09748, where the gain is 1 + scale)."""
     if modulation is None:
         return x
-    scale, shift = modulation
+    gain, shift = modulation
     # The modulation may be float32 beside a bfloat16 backbone; the stream keeps the backbone's dtype.
-    return (x * (1 + scale) + shift).to(x.dtype)
+    return (x * gain + shift).to(x.dtype)
 
 
 class LLaDABlock(nn.Module):
@@ -172,7 +172,7 @@ class LLaDAModel(nn.Module):
         Args:
             packed: T rows.
             added: [T, d] added to the token embeddings, or None.
-            modulations: one (scale, shift) for each block, or None.
+            modulations: one (gain, shift) for each block, or None. Blocks that share one keep it for backward once.
 
         Returns:
             [T, d].
@@ -242,24 +242,29 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         self,
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
         *,
-        every: int = 1,
+        every_n_layers: int = 1,
         selective: bool = False,
+        offload: bool = False,
     ) -> None:
         """Recomputes blocks in the backward pass, instead of keeping what they computed.
 
-        Non-reentrant by default, since a frozen embedding's output has no gradient.
+        Non-reentrant by default, since a frozen embedding's output has no gradient. transformers' other name for this,
+        `activation_checkpointing_enable`, calls it too.
 
         Args:
             gradient_checkpointing_kwargs: of torch.utils.checkpoint.checkpoint.
-            every: blocks 0, `every`, 2 `every`, ... are recomputed.
+            every_n_layers: blocks 0, n, 2 n, ... are recomputed.
             selective: the results of matrix products and of attention are kept; what is cheap is recomputed.
+            offload: not supported (ValueError).
         """
+        if offload:
+            raise ValueError("gradient checkpointing: offload is not supported; leave it out")
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if selective:
             kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
         kwargs |= gradient_checkpointing_kwargs or {}
         for i, block in enumerate(self.model.blocks):
-            block.gradient_checkpointing = i % every == 0
+            block.gradient_checkpointing = i % every_n_layers == 0
             block._gradient_checkpointing_func = partial(checkpoint, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -208,7 +208,8 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         alpha = self.schedules.alpha(timesteps)
         time = alpha if config.time_input == "alpha" else timesteps
         groups = [
-            (scale[sequence], shift[sequence]) for scale, shift in self.time_conditioning(config.time_scale * time)
+            ((1 + scale)[sequence], shift[sequence])
+            for scale, shift in self.time_conditioning(config.time_scale * time)
         ]
         modulations = [groups[i // config.time_group_size] for i in range(config.n_layers)]
         hidden = self.model(packed, added=self._embed_flags(packed), modulations=modulations)

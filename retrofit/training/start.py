@@ -248,7 +248,8 @@ def _finish(model: Any, recipe: Recipe) -> None:
     section = recipe.training
     model.model.attention = section.attention
     if (how := section.gradient_checkpointing) is not False:
-        model.gradient_checkpointing_enable(every=1 if how == "selective" else int(how), selective=how == "selective")
+        selective = how == "selective"
+        model.gradient_checkpointing_enable(every_n_layers=1 if selective else int(how), selective=selective)
     if section.compile:
         model.compile_blocks()
 
