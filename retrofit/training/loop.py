@@ -135,6 +135,7 @@ def train(
         held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
+        processes.together(lambda: begin.choose_attention(recipe, processes.device))
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
