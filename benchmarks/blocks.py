@@ -77,16 +77,11 @@ def set_mode(model: FlexMDMForMaskedDiffusion, mode: str) -> None:
 
 def toy() -> tuple[FlexMDMForMaskedDiffusion, PackedSequences, Tensor]:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 8192,
-        "d_model": 256,
-        "n_layers": 8,
-        "n_heads": 8,
-        "mlp_hidden_size": 768,
-        "max_sequence_length": 1024,
-    }
-    ids = {"mask_token_id": 8190, "pad_token_id": 8191, "eos_token_id": 8191}
-    model = FlexMDMForMaskedDiffusion(FlexMDMConfig(**sizes, **ids, time_hidden_size=256)).train()
+    config = FlexMDMConfig(
+        vocab_size=8192, d_model=256, n_layers=8, n_heads=8, mlp_hidden_size=768, max_sequence_length=1024,
+        mask_token_id=8190, pad_token_id=8191, eos_token_id=8191, time_hidden_size=256,
+    )  # fmt: skip
+    model = FlexMDMForMaskedDiffusion(config).train()
     lengths = (150 * torch.exp(0.6 * torch.randn(64))).long().clamp(1, 1024)
     lengths = lengths[: int((lengths.cumsum(0) <= 2000).sum())]
     tokens = torch.randint(8191, (int(lengths.sum()),))
@@ -146,16 +141,14 @@ def toy_table(rounds: int) -> None:
 
 
 def bytes_at_8b(mode: str, blocks: int, rows: int) -> int:
-    sizes = {"vocab_size": 64, "n_layers": blocks, "max_sequence_length": 4096}
-    ids = {"mask_token_id": 62, "pad_token_id": 63, "eos_token_id": 63}
-    model = on_meta(FlexMDMConfig(**sizes, **ids), torch.bfloat16)
+    config = FlexMDMConfig(vocab_size=64, n_layers=blocks, mask_token_id=62, pad_token_id=63, eos_token_id=63)
+    model = on_meta(config, torch.bfloat16)
     inject(model, AdapterSettings(128, 128.0, 0.1, ("q_proj", "k_proj", "v_proj")))
     select_trainable(model)
     set_mode(model.train(), mode)
     parameters = dict(model.named_parameters())
     with FakeTensorMode():
         materialise(model, lambda name: torch.empty(parameters[name].shape, dtype=parameters[name].dtype))
-        config = model.config
         plan = KernelPlan("varlen", torch.empty(9, dtype=torch.int32), 1024)
         rotary = rotary_angles(torch.empty(rows, dtype=torch.int64), config.head_size, config.rope_theta)
         modulation = tuple(torch.empty(rows, config.d_model, requires_grad=True) for _ in range(2))

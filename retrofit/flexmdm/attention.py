@@ -62,6 +62,7 @@ def plan_attention(packed: PackedSequences, backend: str, *, bound: int | None =
         bound: given where blocks are compiled: then all batches are laid out alike, so that one graph serves them, and
             kernels are told this constant as the longest sequence.
     """
+    assert backend in BACKENDS, backend
     if packed.tokens.numel() == 0:
         return None
     packed = packed.without_empty  # flash-attention's backward has hung on sequences without rows

@@ -193,7 +193,8 @@ class LLaDAModel(nn.Module):
     def _plan(self, packed: PackedSequences, x: Tensor) -> Plan | None:
         """How this batch attends, with the dtype that the blocks will compute in."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         backend = choose_backend(self.attention, x.device, dtype, self.config.head_size)
         compiled = self.blocks[0].compiled is not None
         return plan_attention(packed, backend, bound=self.config.max_sequence_length if compiled else None)
@@ -276,9 +277,10 @@ class LLaDAPreTrainedModel(PreTrainedModel):
 
         Modules, their names and their hooks stay as they are, so an engine may wrap them afterwards.
         """
-        # The blocks are small enough for DDP's buckets; its own splitting refuses gradient checkpointing in a graph.
+        # A block is small beside DDP's buckets, and DDP's own splitting refuses gradient checkpointing in a graph.
         torch._dynamo.config.optimize_ddp = False
-        torch.fx.experimental._config.use_duck_shape = False  # rows may be as many as a width; that means nothing
+        torch._dynamo.config.specialize_float = True  # norms' epsilon, LoRA's scale
+        torch.fx.experimental._config.use_duck_shape = False  # that rows are as many as a width means nothing
         compiled = torch.compile(LLaDABlock.run, backend=backend, dynamic=True)
         for block in self.model.blocks:
             block.compiled = compiled

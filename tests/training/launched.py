@@ -96,15 +96,6 @@ def main() -> None:
         try:
             train(recipe, probe=probe)
             outcomes.append("complete")
-            print(
-                "COUNT",
-                path.stem,
-                dict(torch._dynamo.utils.counters["stats"]),
-                dict(torch._dynamo.utils.counters["graph_break"]),
-                flush=True,
-                file=sys.stderr,
-            )
-            torch._dynamo.utils.counters.clear()
         except SystemExit as stop:
             outcomes.append(f"exit {stop.code}")
         except ValueError as error:
