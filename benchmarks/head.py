@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from retrofit.checkpoints.adapters import HEAD, AdapterSettings, inject, select_trainable
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion
-from retrofit.flexmdm.packing import PackedSequences, PaddedBlock
+from retrofit.flexmdm.packing import PackedSequences
 from retrofit.objective import cross_entropy as chunking
 from retrofit.objective.cross_entropy import cross_entropy
 
@@ -225,7 +225,8 @@ def forms(shapes: Sequence[tuple[int, int, int, torch.dtype]], repetitions: int)
             print(f"{'form':<10}{'peak GB':>9}{'CPU s':>9}{'of plain':>10}{'gradients off by':>18}")
             seconds: dict[str, list[float]] = {name: [] for name in FORMS}
             peaks: dict[str, int] = {}
-            found: dict[str, list[Tensor]] = {}
+            plain_gradients: list[Tensor] = []
+            off: dict[str, float] = {}
             small = rows * vocabulary < 10**7
             for repetition in range((20 if small else 1) * repetitions + 1):
                 for name, form in FORMS.items():
@@ -236,18 +237,18 @@ def forms(shapes: Sequence[tuple[int, int, int, torch.dtype]], repetitions: int)
                         with LiveTensors([hidden, *only.parameters()]) as live:
                             _forward_and_backward(form, only, hidden, targets, scale)
                         peaks[name] = live.peak
-                        gradients = [hidden.grad, *(p.grad for p in only.parameters())]
-                        found[name] = [gradient.clone() for gradient in gradients if gradient is not None]
+                        gradients = [x.grad for x in (hidden, *only.parameters()) if x.grad is not None]
+                        plain_gradients = plain_gradients or [gradient.clone() for gradient in gradients]
+                        pairs = zip(gradients, plain_gradients, strict=True)
+                        off[name] = max(float((one - two).norm() / two.norm()) for one, two in pairs)
+                        del gradients, pairs
                     else:
                         began = time.process_time()
                         _forward_and_backward(form, only, hidden, targets, scale)
                         seconds[name].append(time.process_time() - began)
             for name in FORMS:
-                off = max(
-                    float((one - two).norm() / two.norm()) for one, two in zip(found[name], found["plain"], strict=True)
-                )
                 ratio = min(seconds[name]) / min(seconds["plain"])
-                print(f"{name:<10}{peaks[name] / 1e9:>9.3f}{min(seconds[name]):>9.3f}{ratio:>10.2f}{off:>18.1e}")
+                print(f"{name:<10}{peaks[name] / 1e9:>9.3f}{min(seconds[name]):>9.3f}{ratio:>10.2f}{off[name]:>18.1e}")
 
 
 def _forward_and_backward(form: Form, only: OnlyHead, hidden: Tensor, targets: Tensor, scale: Tensor) -> None:
@@ -303,14 +304,8 @@ def _step_peak(head: str, rows: int, masks: int, *, lora: bool) -> float:
             if parameter.requires_grad:  # reduced over the ranks and let go of, as where all weights are sharded
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         size = 512
-        batch = PackedSequences(torch.zeros(rows, dtype=torch.int64), torch.zeros(rows // size + 1, dtype=torch.int32))
-        index = torch.zeros(rows, dtype=torch.int64)
-        batch.__dict__.update(  # what would be read from the values, which fake tensors have not
-            lengths=torch.zeros(rows // size, dtype=torch.int64),
-            sequence_ids=index,
-            positions=index,
-            block=PaddedBlock(rows // size, size, index, None),
-        )
+        tokens, ends = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows // size + 1, dtype=torch.int32)
+        batch = PackedSequences(tokens, ends, host_lengths=(size,) * (rows // size))
         masks = 0 if head == "no logits at all" else masks
         targets = torch.zeros(masks, dtype=torch.int64)
         times = torch.zeros(rows // size, dtype=torch.float64)
