@@ -55,6 +55,7 @@ ProperFraction = Annotated[float, Field(ge=0, lt=1)]
 Prompt = Annotated[str, AfterValidator(_no_token)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_token)]
 Revision = Annotated[str, Field(min_length=1), AfterValidator(_no_token_but_commit)]
+TimeSampling = Literal["uniform", "importance"]
 Schedule = Annotated[dict[str, Any], AfterValidator(_schedule)]
 
 # Strict: no conversion between types. A failing value is not echoed by pydantic, since it might be a token.
@@ -127,6 +128,8 @@ class ObjectiveSection:
     """tokens; the loss is divided by documents times window, and an mdm pads its documents to it"""
     time_strata: PositiveInt | None = None
     """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
+    time_sampling: TimeSampling = "importance"
+    """density of t: uniform, or importance, whose weighted losses have the same mean and less variance"""
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)

@@ -31,8 +31,10 @@ from retrofit.data.stream import StepBatches, StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
+from retrofit.objective.times import UNIFORM, importance_density
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
+from retrofit.sections import TimeSampling
 
 from .engines import make_engine
 from .engines.base import Engine
@@ -183,7 +185,7 @@ class Trainer:
         self.trackers: list[Tracker] = []
         section = recipe.training
         self.store, self.tokenizer = store, tokenizer
-        self.objective = build_objective(recipe, begin.model.config, section.seed)
+        self.objective = build_objective(recipe, begin.model.config, section.seed, recipe.objective.time_sampling)
         decayed = decayed_names(begin.model)
         processes.together(
             lambda: engine.prepare(
@@ -260,9 +262,12 @@ class Trainer:
         ).sum()
 
     def _held_out(self, store: TokenStore) -> list[MicroBatch]:
-        """The held-out documents with their fixed noise, cut up as one step of a stream of their own."""
+        """The held-out documents with their fixed noise, cut up as one step of a stream of their own.
+
+        Their t is uniform whatever `objective.time_sampling` says, so that runs can be compared.
+        """
         count = self.held_out_documents = min(self.recipe.training.eval_documents, len(store))
-        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED)
+        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED, "uniform")
         stream = self._stream(
             store, objective, seed=HELD_OUT_SEED, documents_per_step=count, time_strata=count, max_steps=1
         )
@@ -601,12 +606,13 @@ class _Sums:
             self.losses[name] = self.losses.get(name, 0.0) + value
 
 
-def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int) -> Objective:
+def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int, time_sampling: TimeSampling) -> Objective:
     """The recipe's objective for a model's configuration."""
     if recipe.objective.name == "mdm":
         return MDMObjective(config, seed, recipe.objective.window)
     assert isinstance(config, FlexMDMConfig)
-    return FlexMDMObjective(config, seed)
+    times = importance_density(config.schedules) if time_sampling == "importance" else UNIFORM
+    return FlexMDMObjective(config, seed, times)
 
 
 def _identity(batches: Any) -> Any:

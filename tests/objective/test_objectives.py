@@ -7,6 +7,7 @@ import torch
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
 from retrofit.objective import FlexMDMObjective, MDMObjective, corrupt, flexmdm_loss
+from retrofit.objective.times import TimeDensity
 
 SIZES = {
     "vocab_size": 40,
@@ -96,6 +97,24 @@ def test_packed_training_loss_equals_the_dense_loss() -> None:
     dense = flexmdm_loss(out.logits, out.expected_gaps, corrupted, TIMES, schedules=config.schedules)
     assert torch.allclose(terms["unmasking"], dense.unmasking, rtol=1e-5)
     assert torch.allclose(terms["insertion"], dense.insertion, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flexmdm", "mdm"])
+def test_the_weight_of_t_is_a_factor_of_every_term(name: str) -> None:
+    """A density of two bins: t below .5 has mass .8, and weight .5 / .8."""
+    times = TimeDensity.of_masses(torch.tensor([0, 0.5, 1.0]).double(), torch.tensor([0.8, 0.2]).double())
+    if name == "flexmdm":
+        config: LLaDAConfig = FlexMDMConfig(**SIZES)
+        uniform, objective = (FlexMDMObjective(config, 0, *density) for density in ((), (times,)))  # type: ignore[arg-type]
+    else:
+        config = LLaDAConfig(**SIZES)
+        uniform, objective = (MDMObjective(config, 0, 32, *density) for density in ((), (times,)))  # type: ignore[assignment]
+    model, batch = model_for(config), documents(LENGTHS)
+    weighted = objective.prepare(batch, ORDINALS, torch.where(TIMES < 0.5, 1.6 * TIMES, 0.8 + 0.4 * (TIMES - 0.5)))
+    found = objective.loss_terms(model, weighted.micro_batch(range(5)))
+    plain = uniform.loss_terms(model, uniform.prepare(batch, ORDINALS, TIMES).micro_batch(range(5)))
+    for key, term in plain.items():
+        torch.testing.assert_close(found[key], term * torch.where(TIMES < 0.5, 0.625, 2.5))
 
 
 def test_micro_batches_pack_survivors_and_one_slot_each() -> None:
