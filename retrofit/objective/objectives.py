@@ -155,7 +155,7 @@ class FlexMDMObjective:
         out = model(packed=batch.packed, timesteps=batch.timesteps, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids
         hazard = self.schedules.unmasking_hazard(batch.timesteps) * batch.weights
-        unmasking = unmasking_sums(out.logits, batch.targets, sequence[batch.mask_rows], hazard)
+        unmasking = unmasking_sums(out.logits, batch.targets, sequence[batch.mask_rows], hazard, consume_logits=True)
         hazard = self.schedules.insertion_hazard(batch.timesteps) * batch.weights
         insertion = insertion_sums(out.expected_gaps, batch.gaps, batch.open_gaps, sequence, hazard)
         return {"unmasking": unmasking, "insertion": insertion}
@@ -195,11 +195,10 @@ class MDMObjective:
 
     min_mask_probability = 1e-3  # LLaDA's own: p_mask = (1 - eps) t + eps
 
-    def __init__(self, config: LLaDAConfig, seed: int, window: int, times: TimeDensity = UNIFORM):
+    def __init__(self, config: LLaDAConfig, seed: int, window: int):
         self.config = config
         self.seed = seed
         self.window = window
-        self.times = times
 
     def mask_probability(self, t: Tensor) -> Tensor:
         """float64 [B]: probability that a token is masked at t."""
@@ -211,7 +210,6 @@ class MDMObjective:
         Raises:
             ValueError: a document is longer than the window.
         """
-        t, weights = self.times.draw(u)
         longest = int(documents.lengths.max()) if documents.lengths.numel() else 0
         if longest > self.window:
             raise ValueError(f"objective.window: a document of {longest} tokens does not fit a window of {self.window}")
@@ -219,6 +217,7 @@ class MDMObjective:
         tokens = F.pad(documents.tokens, (0, max(0, self.window - documents.tokens.shape[1])))[:, : self.window]
         clean = torch.where(position < documents.lengths[:, None], tokens, self.config.eos_token_id)
         kept = F.pad(documents.kept, (0, max(0, self.window - documents.kept.shape[1])))[:, : self.window]
+        t, weights = UNIFORM.draw(u)  # LLaDA's own
         draws = keyed_uniform(self.seed, _MASKING_NOISE, ordinals[:, None], position)
         masked = (draws < self.mask_probability(t)[:, None]) & ~kept
         return MDMExamples(torch.where(masked, self.config.mask_token_id, clean), masked, clean, ordinals, t, weights)
@@ -228,4 +227,4 @@ class MDMObjective:
         out = model(packed=batch.packed, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids[batch.mask_rows]
         weights = batch.weights / self.mask_probability(batch.timesteps)
-        return {"unmasking": unmasking_sums(out.logits, batch.targets, sequence, weights)}
+        return {"unmasking": unmasking_sums(out.logits, batch.targets, sequence, weights, consume_logits=True)}

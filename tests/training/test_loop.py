@@ -35,7 +35,10 @@ LORA = (
     "--lora.r=4", "--lora.lora_alpha=8", "--lora.lora_dropout=0.1",
     "--lora.target_modules=[q_proj, v_proj, model.transformer.ff_out]",
 )  # fmt: skip
-TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
+TIMINGS = (
+    "documents_per_second", "tokens_per_second", "tflops_per_second", "seconds_per_step", "seconds_waiting",
+    "seconds_saving", "peak_memory_gb",
+)  # fmt: skip
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -339,7 +342,7 @@ def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_
     begin = start.from_recipe(recipe, store)
     materialise(begin.model, begin.read)
     model = begin.model
-    objective = build_objective(recipe, model.config, recipe.training.seed, recipe.objective.time_sampling)
+    objective = build_objective(recipe, model.config, recipe.training.seed)
     stream = StepStream(
         store, objective, seed=0, documents_per_step=8, time_strata=8, max_tokens_per_device=10_000, max_steps=1
     )
