@@ -3,9 +3,10 @@
     python -m benchmarks.blocks            # memory and CPU time on a toy, memory at 8B's shape
     python -m benchmarks.blocks --compile  # CPU time of compiled blocks too
 
-Toy: d 256, 8 layers, 2,000 rows of documents of log-normal length, float32. 8B: d 4096, MLP 12288, LoRA r=128 on q, k, v,
-bfloat16 autocast, the variable-length kernel, on fake tensors. "Kept" is what lives from the forward to the backward,
-"peak" the most that lived at once, both without weights and their gradients. CPU seconds are medians of interleaved runs.
+Toy: d 256, 8 layers, 2,000 rows of documents of log-normal length, float32. 8B: d 4096, MLP 12288, LoRA r=128 on q, k
+and v, bfloat16 autocast, the variable-length kernel, on fake tensors. "Kept" is what lives from the forward to the
+backward, "peak" the most that lived at once, both without weights and their gradients. CPU seconds are medians of
+interleaved runs.
 """
 
 from __future__ import annotations
@@ -76,8 +77,15 @@ def set_mode(model: FlexMDMForMaskedDiffusion, mode: str) -> None:
 
 def toy() -> tuple[FlexMDMForMaskedDiffusion, PackedSequences, Tensor]:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=8192, d_model=256, n_layers=8, n_heads=8, mlp_hidden_size=768, max_sequence_length=1024)
-    ids = dict(mask_token_id=8190, pad_token_id=8191, eos_token_id=8191)
+    sizes = {
+        "vocab_size": 8192,
+        "d_model": 256,
+        "n_layers": 8,
+        "n_heads": 8,
+        "mlp_hidden_size": 768,
+        "max_sequence_length": 1024,
+    }
+    ids = {"mask_token_id": 8190, "pad_token_id": 8191, "eos_token_id": 8191}
     model = FlexMDMForMaskedDiffusion(FlexMDMConfig(**sizes, **ids, time_hidden_size=256)).train()
     lengths = (150 * torch.exp(0.6 * torch.randn(64))).long().clamp(1, 1024)
     lengths = lengths[: int((lengths.cumsum(0) <= 2000).sum())]
@@ -138,8 +146,8 @@ def toy_table(rounds: int) -> None:
 
 
 def bytes_at_8b(mode: str, blocks: int, rows: int) -> int:
-    sizes = dict(vocab_size=64, n_layers=blocks, max_sequence_length=4096)
-    ids = dict(mask_token_id=62, pad_token_id=63, eos_token_id=63)
+    sizes = {"vocab_size": 64, "n_layers": blocks, "max_sequence_length": 4096}
+    ids = {"mask_token_id": 62, "pad_token_id": 63, "eos_token_id": 63}
     model = on_meta(FlexMDMConfig(**sizes, **ids), torch.bfloat16)
     inject(model, AdapterSettings(128, 128.0, 0.1, ("q_proj", "k_proj", "v_proj")))
     select_trainable(model)

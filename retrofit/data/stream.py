@@ -65,7 +65,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     """Spreads documents over bins, longest first into the emptiest (greedy, within 4/3 of the best balance).
 
     Returns:
-        `bins` lists of indices into `lengths`, each in rising order; some may be empty.
+        `bins` lists of indices into `lengths`, the longest first (attention pads neighbours alike); some may be empty.
     """
     members: list[list[int]] = [[] for _ in range(bins)]
     emptiest = [(0, 0, b) for b in range(bins)]  # a heap of (load, documents, bin)
@@ -73,7 +73,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
         load, count, b = emptiest[0]
         heapq.heapreplace(emptiest, (load + lengths[index], count + 1, b))
         members[b].append(index)
-    return [sorted(rows) for rows in members]
+    return members
 
 
 @dataclass(frozen=True)

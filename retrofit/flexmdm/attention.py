@@ -144,8 +144,8 @@ _PADDED_SCORES = 1024
 class PaddedPlan:
     """Rows as padded blocks just around the product; everything else in the model runs on packed rows.
 
-    Neighbouring sequences share a block where their lengths are alike. On a CPU one block for all takes two to three times
-    as long at natural lengths, and a single block-diagonal mask longer still.
+    Neighbouring sequences share a block where their lengths are alike. On a CPU one block for all takes two to three
+    times as long at natural lengths, and a single block-diagonal mask longer still.
     """
 
     blocks: tuple[Block, ...]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from retrofit.flexmdm.attention import attention
+from retrofit.flexmdm.attention import attention, plan_attention
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths, lengths_from_mask, pack
 
 
@@ -22,14 +22,7 @@ def test_every_sequence_ends_with_its_slot() -> None:
 def test_no_sequences_and_no_rows_are_batches_too() -> None:
     for packed in (pack([]), pack([[], []])):
         assert packed.positions.shape == packed.sequence_ids.shape == (0,)
-        assert packed.block.count == 0
-
-
-@pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2], [1], [0, 5]])
-def test_padding_to_a_block_and_back_changes_nothing(lengths: list[int]) -> None:
-    packed = pack([list(range(length)) for length in lengths])
-    rows = torch.randn(sum(lengths), 2, 3)
-    assert torch.equal(packed.block.unpad(packed.block.pad(rows)), rows)
+        assert plan_attention(packed, "padded") is None
 
 
 def test_padding_inside_a_row_is_refused() -> None:
@@ -58,7 +51,7 @@ def test_attention_stays_within_each_sequence(lengths: list[int], kv_heads: int)
     packed = PackedSequences(torch.zeros(total, dtype=torch.long), cumulative_lengths(torch.tensor(lengths)))
     q = torch.randn(total, 4, 8, requires_grad=True)
     k, v = (torch.randn(total, kv_heads, 8, requires_grad=True) for _ in range(2))
-    out, expected = attention(q, k, v, packed), reference_attention(q, k, v, packed)
+    out, expected = attention(q, k, v, plan_attention(packed, "padded")), reference_attention(q, k, v, packed)
     assert torch.allclose(out, expected, atol=1e-6)
     weights = torch.randn_like(out)
     grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
@@ -68,5 +61,5 @@ def test_attention_stays_within_each_sequence(lengths: list[int], kv_heads: int)
 
 def test_attention_over_no_rows_still_reaches_all_inputs() -> None:
     q, k, v = (torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3))
-    attention(q, k, v, pack([[], []])).sum().backward()
+    attention(q, k, v, plan_attention(pack([[], []]), "padded")).sum().backward()
     assert all(x.grad is not None for x in (q, k, v))
