@@ -24,7 +24,6 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +34,7 @@ from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, Schedules
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective import FlexMDMObjective, MicroBatch
-from retrofit.objective.times import (
-    UNIFORM,
-    TimeDensity,
-    bin_edges,
-    insertion_masses,
-    mask_probability,
-    unmasking_masses,
-)
+from retrofit.objective.times import UNIFORM, TimeDensity, bin_edges, importance_density, mask_probability
 
 TERMS = ("unmasking", "insertion", "total")
 WIDTH = 2048
@@ -167,23 +159,27 @@ def place(density: TimeDensity, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(schedules: Schedules, draws: Draws) -> dict[str, TimeDensity]:
-    """The densities that are compared."""
+    """The densities that are compared. The gradient of a sum of independent terms grows as hazard sqrt(P)."""
     edges = bin_edges()
-    u, i, flat = unmasking_masses(schedules, edges), insertion_masses(schedules, edges), edges.diff()
-    n = len(draws.edges) - 1
-    measured = torch.zeros(n).double().index_add(0, draws.bins, draws.squares[2]) / draws.counts.sum(0)
-    shapes = {
-        "unmasking": 0.98 * u + 0.02 * flat,
-        "insertion": 0.98 * i + 0.02 * flat,
-        "both": 0.5 * u + 0.5 * i,
-        "both, a quarter uniform": 0.375 * u + 0.375 * i + 0.25 * flat,
-        "half uniform": 0.25 * u + 0.25 * i + 0.5 * flat,
+    middle, flat = (edges[1:] + edges[:-1]) / 2, edges.diff()
+    masks = schedules.unmasking_hazard(middle) * mask_probability(schedules, edges).sqrt() * flat
+    deletions = schedules.insertion_hazard(middle) * (1 - schedules.alpha(middle)).sqrt() * flat
+    masks, deletions = masks / masks.sum(), deletions / deletions.sum()
+    measured = torch.zeros(len(draws.edges) - 1).double().index_add(0, draws.bins, draws.squares[2])
+    root = (measured / draws.counts.sum(0)).sqrt()
+    mixtures = {
+        "masks": masks + 1e-3 * flat,
+        "half masks": masks + flat,
+        "half deletions": deletions + flat,
+        "half masks, half deletions": masks + deletions,
+        "a quarter each": masks + deletions + 2 * flat,
     }
-    found = {"uniform": UNIFORM, **{name: TimeDensity.of_masses(edges, masses) for name, masses in shapes.items()}}
-    found["measured optimum"] = TimeDensity.of_masses(
-        draws.edges, draws.edges.diff() * (measured.sqrt() + 1e-3 * measured.sqrt().mean())
-    )
-    return found
+    return {
+        "uniform": UNIFORM,
+        "importance": importance_density(schedules),
+        **{name: TimeDensity.of_masses(edges, masses) for name, masses in mixtures.items()},
+        "measured optimum": TimeDensity.of_masses(draws.edges, (root + 1e-3 * root.mean()) * draws.edges.diff()),
+    }
 
 
 @dataclass(frozen=True)
@@ -250,66 +246,77 @@ def jackknife(estimates: list[Tensor]) -> Tensor:
     return torch.stack(estimates).std(0, correction=0) * math.sqrt(len(estimates) - 1)
 
 
-def report(draws: Draws, schedules: Schedules, store: TokenStore, window: int) -> str:
-    """Both tables: variances against those of uniform stratified t, and norms."""
-    densities = candidates(schedules, draws)
-    found = {name: variances(draws, density) for name, density in densities.items()}
-    left_out: dict[str, list[Tensor]] = {name: [] for name in densities}
-    for group in range(GROUPS):
-        rest = draws.without(group)
-        for name, density in densities.items():
-            left_out[name].append(variances(rest, density))
-    now, deletable = found["uniform"][1], store.manifest.mean_deletable_tokens
-    kept = store.record.tokens / store.record.documents - deletable
-    middle = (torch.arange(4096) + 0.5).double() / 4096
-    heads = [f"{term[:9]:>14}" for term in 2 * TERMS]
-    lines = [
-        f"{'variance of a step against uniform, stratified':<64}{'independent':^42}{'stratified':^42}",
-        f"{'density':<26}{'largest weight':>16}{'rows':>8}{'rows x variance':>14}" + "".join(heads),
-    ]
-    rows_now = kept + 1 + deletable * float(schedules.alpha(middle).mean())
+def report_variances(draws: Draws, densities: dict[str, TimeDensity], rows: dict[str, float]) -> None:
+    """Prints the variances as multiples of uniform, stratified t's, with their standard errors."""
+    rest = [draws.without(group) for group in range(GROUPS)]
+    now, now_left_out = variances(draws, UNIFORM)[1], [variances(part, UNIFORM)[1] for part in rest]
+    columns = "".join(f"{name:>14}" for name in TERMS)
+    print(f"{'':<44}{'independent':^42}{'stratified':^42}\n{'density of t':<28}{'weight':>8}{'rows':>8}{2 * columns}")
     for name, density in densities.items():
-        rows = (kept + 1 + deletable * float(schedules.alpha(density.draw(middle)[0]).mean())) / rows_now
-        ratios = found[name] / now
-        errors = jackknife([a / b[1] for a, b in zip(left_out[name], left_out["uniform"], strict=True)])
-        cells = [f"{r:>9.3f}+{e:.3f}" for r, e in zip(ratios.flatten(), errors.flatten(), strict=True)]
+        ratios = variances(draws, density) / now
+        errors = jackknife([variances(part, density) / old for part, old in zip(rest, now_left_out, strict=True)])
+        cells = (f"{r:>8.3f} ±{e:.3f}" for r, e in zip(ratios.flatten(), errors.flatten(), strict=True))
         weight = float((density.edges.diff() / density.cumulative.diff()).max())
-        lines.append(f"{name:<26}{weight:>16.2f}{rows:>8.3f}{rows * float(ratios[1, 2]):>14.3f}" + "".join(cells))
+        print(f"{name:<28}{weight:>8.2f}{rows[name]:>8.3f}{''.join(cells)}", flush=True)
     signal = squared_means(draws, torch.zeros_like(draws.bins), 1)
-    lines += ["", f"variance over squared mean, uniform stratified: {(now / signal).tolist()}", ""]
-    lines.append(f"{'norms':<26}{'50 %':>8}{'99 %':>8}{'99.9 %':>8}{'clipped':>9}   kept of each term's mean")
-    for name in ("uniform", CHOSEN):
-        for strata in (1, DOCUMENTS_PER_STEP):
+    shown = ", ".join(f"{name} {float(x):.2f}" for name, x in zip(TERMS, (now / signal).sqrt(), strict=True))
+    print(f"noise over signal of a step, uniform and stratified: {shown}\n")
+
+
+def report_norms(draws: Draws, densities: dict[str, TimeDensity], window: int) -> None:
+    """Prints gradient norms, and what clipping leaves."""
+    heads = "".join(f"{f'{100 * q:g} %':>9}" for q in QUANTILES)
+    print(f"{'norm of a step':<28}{heads}{'over 1':>9}   left of the mean, clipped at 1: {', '.join(TERMS)}")
+    for name in ("uniform", "importance"):
+        for strata, how in ((1, "independent"), (DOCUMENTS_PER_STEP, "stratified")):
             norms = simulate(draws, densities[name], window, strata=strata)
-            label = f"{name}, {'stratified' if strata > 1 else 'independent'}"
-            lines.append(
-                f"{label:<40}" + "".join(f"{x:>8.3f}" for x in norms.quantiles)
-                + f"{norms.clipped:>9.4f}   " + " ".join(f"{x:.3f}" for x in norms.kept)
-            )  # fmt: skip
-    return "\n".join(lines)
+            cells = "".join(f"{x:>9.3f}" for x in norms.quantiles)
+            left = ", ".join(f"{x:.3f}" for x in norms.kept)
+            print(f"{f'{name}, {how}':<28}{cells}{100 * norms.clipped:>7.2f} %   {left}", flush=True)
+
+
+def report_stream(
+    store: TokenStore, gradients: Gradients, draws: Draws, densities: dict[str, TimeDensity], steps: int
+) -> None:
+    """Prints the variance over whole steps of the real stream, as a multiple of the variance found from documents."""
+    print(f"\n{f'{steps} steps of the stream':<28}" + "".join(f"{name:>16}" for name in TERMS))
+    for name in ("uniform", "importance"):
+        expected = variances(draws, densities[name])[1]
+        variance, error = stream_variances(store, gradients, densities[name], strata=DOCUMENTS_PER_STEP, steps=steps)
+        cells = zip(variance / expected, error / expected, strict=True)
+        print(f"{name:<28}" + "".join(f"{r:>10.2f} ±{e:.2f}" for r, e in cells), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory written by `retrofit preprocess`")
-    parser.add_argument("--model", required=True, help="a FlexMDM, or a plain LLaDA, measured as it starts as one")
+    parser.add_argument("--model", required=True, help="a FlexMDM, or a plain LLaDA, measured as it starts to be one")
     parser.add_argument("--schedules", choices=("linear", "power"), default="linear", help="of what was a plain LLaDA")
-    parser.add_argument("--window", type=int, default=1024, help="normalises the norms as objective.window does")
+    parser.add_argument("--window", type=int, default=1024, help="divides the norms, as objective.window does")
     parser.add_argument("--per-bin", type=int, default=64, help="gradients measured in each bin of t")
-    parser.add_argument("--stream-steps", type=int, default=0, help="steps of the real stream to measure")
+    parser.add_argument("--stream-steps", type=int, default=0, help="steps of the real stream to compare with")
     options = parser.parse_args()
     store = TokenStore.open(options.data, "train")
+    deletable = store.manifest.mean_deletable_tokens
     if isinstance(model_config(resolve(options.model)), FlexMDMConfig):
         model, _ = load_model(options.model)
     else:
-        fields = {"mean_deletable_tokens": store.manifest.mean_deletable_tokens, "time_group_size": 4}
+        fields = {"mean_deletable_tokens": deletable, "time_group_size": 4, "time_hidden_size": 256}
         fields |= POWER if options.schedules == "power" else {}
         model = FlexMDMForMaskedDiffusion.from_pretrained(options.model, flexmdm_config=fields)
+    schedules = model.config.schedules
     gradients = Gradients(model.eval(), FlexMDMObjective(model.config, seed=0))
     draws = draw_gradients(store, gradients, per_bin=options.per_bin)
-    print(report(draws, model.config.schedules, store, options.window))
+    print(f"{options.model} on {options.data}, {schedules}: {len(draws.t)} gradients, steps of {DOCUMENTS_PER_STEP}\n")
+
+    densities = candidates(schedules, draws)
+    u = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
+    fixed = store.record.tokens / store.record.documents - deletable + 1  # kept tokens and the slot
+    rows = {name: fixed + deletable * float(schedules.alpha(q.draw(u)[0]).mean()) for name, q in densities.items()}
+    report_variances(draws, densities, {name: x / rows["uniform"] for name, x in rows.items()})
+    report_norms(draws, densities, options.window)
     if options.stream_steps:
-        pass
+        report_stream(store, gradients, draws, densities, options.stream_steps)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class TimeDensity:
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """t with this density, which rises with u, and the weight 1 / q(t), of u uniform on (0, 1); all float64."""
+        u = u.double()
         bins = torch.searchsorted(self.cumulative, u, right=True).clamp(1, len(self.edges) - 1) - 1
         weights = (self.edges.diff() / self.cumulative.diff())[bins]
         t = self.edges[bins] + (u - self.cumulative[bins]) * weights
@@ -52,9 +53,9 @@ UNIFORM = TimeDensity(*2 * [torch.tensor([0.0, 1.0], dtype=torch.float64)])
 
 
 def bin_edges() -> Tensor:
-    """float64 [K + 1]: bins that shrink geometrically to 1e-6 towards both ends, where hazards have their poles."""
-    half = torch.logspace(-6, 0, 128, dtype=torch.float64) / 2
-    return torch.cat([half.new_zeros(1), half, 1 - half[:-1].flip(0), half.new_ones(1)])
+    """float64 [K + 1]: bins of equal ratio in 1 - t down to 1e-6, where hazards are cut off, and one for the rest."""
+    left = torch.logspace(0, -6, 256, dtype=torch.float64)
+    return 1 - torch.cat([left, left.new_zeros(1)])
 
 
 def mask_probability(schedules: Schedules, edges: Tensor) -> Tensor:
@@ -69,12 +70,12 @@ def mask_probability(schedules: Schedules, edges: Tensor) -> Tensor:
 
 
 def importance_density(schedules: Schedules) -> TimeDensity:
-    """What training draws t from: IMPORTANCE parts of beta' / (1 - beta) sqrt(P(mask)), the rest uniform.
+    """What training draws t from: a share IMPORTANCE by beta' / (1 - beta) sqrt(P(mask)), the rest uniform.
 
-    The former is the root mean square of the unmasking term's gradient at t, where tokens' gradients are independent: a
-    sum over masks, times the hazard. For linear schedules its square is like log(1 / (1 - t)) / (1 - t), of which uniform
-    t integrates nearly all in rare draws near t = 1. The insertion term has no such tail, since insertion ends at
-    alpha_end; a uniform part keeps its variance, and the cost of longer x_t, where they were, and all weights below
+    The former is the root mean square of the unmasking term's gradient, a hazard times a sum over masks, where the
+    gradients of tokens are independent. For linear schedules its square goes like -log(1 - t) / (1 - t), and uniform t
+    meets nearly all of that in rare draws near t = 1. The insertion term has no such tail, since insertion ends at
+    alpha_end. The uniform share keeps its variance, and the lengths of x_t, near what they were, and all weights below
     1 / (1 - IMPORTANCE).
     """
     edges = bin_edges()

@@ -12,7 +12,7 @@ from torch import Tensor
 from retrofit.flexmdm import FlexMDMConfig, Geometric, Linear, Power, Schedules
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective import FlexMDMObjective
-from retrofit.objective.times import UNIFORM, TimeDensity, bin_edges, importance_density, mask_probability
+from retrofit.objective.times import IMPORTANCE, UNIFORM, TimeDensity, bin_edges, importance_density, mask_probability
 from tests.exact_model import MASK, PAD, ExactModel, FiniteData, minimum_loss
 from tests.exact_model import mask_probability as integrated_mask_probability
 from tests.exact_runs import LAWS, SCHEDULES, Estimate
@@ -56,7 +56,7 @@ def test_t_rises_with_u_inside_the_interval_and_weights_are_bounded(schedules: S
     u = torch.cat([ends, density.cumulative[1:-1], keyed_uniform(0, torch.arange(4096))]).sort().values
     t, weights = density.draw(u)
     assert (t.diff() >= 0).all() and (t > 0).all() and (t < 1).all()
-    assert (weights > 0).all() and (weights < 4.01).all()
+    assert (weights > 0).all() and (weights < 1 / (1 - IMPORTANCE) + 1e-9).all()
 
 
 def test_uniform_leaves_u_as_it_is() -> None:
@@ -70,8 +70,8 @@ def test_probability_of_a_mask_is_that_of_the_interpolant(schedules: Schedules) 
     edges = bin_edges()
     found = mask_probability(schedules, edges)
     middle = (edges[1:] + edges[:-1]) / 2
-    for k in (5, 60, 110, 127, 140, 170, 200):
-        assert float(found[k]) == pytest.approx(integrated_mask_probability(schedules, float(middle[k])), rel=0.02)
+    for k in (12, 30, 60, 120, 240):  # t from .5 to 1 - 2e-6
+        assert float(found[k]) == pytest.approx(integrated_mask_probability(schedules, float(middle[k])), rel=0.01)
 
 
 @dataclass(frozen=True)
