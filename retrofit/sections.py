@@ -134,6 +134,14 @@ class ObjectiveSection:
     """tokens; the loss is divided by documents times window, and an mdm pads its documents to it"""
     time_strata: PositiveInt | None = None
     """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
+    time_sampling: Literal["uniform", "importance"] | None = None
+    """density of t; importance has the same mean loss and less variance; null: importance, for an mdm uniform"""
+
+    def __post_init__(self) -> None:
+        if self.name == "mdm" and self.time_sampling == "importance":
+            raise ValueError("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
+        if self.time_sampling is None:  # recipes are recorded with what was done
+            object.__setattr__(self, "time_sampling", "importance" if self.name == "flexmdm" else "uniform")
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)

@@ -47,10 +47,10 @@ def document_order(ordinals: Tensor, size: int, seed: int) -> Tensor:
     return out
 
 
-def stratified_times(ordinals: Tensor, strata: int, seed: int) -> Tensor:
-    """float64 [B]: t of each draw, uniform on (0, 1).
+def stratified_uniforms(ordinals: Tensor, strata: int, seed: int) -> Tensor:
+    """float64 [B]: of each draw the u, uniform on (0, 1), of which the objective makes its t.
 
-    Each block of `strata` consecutive ordinals has one t in every interval of length 1 / strata, in permuted order, so
+    Each block of `strata` consecutive ordinals has one u in every interval of length 1 / strata, in permuted order, so
     that a step's loss varies less.
     """
     blocks, places = ordinals // strata, ordinals % strata
@@ -94,7 +94,7 @@ class StepStream(Dataset[StepBatches]):
 
     Args:
         documents_per_step: documents of a step over all ranks.
-        time_strata: block of ordinals over which t is stratified.
+        time_strata: block of ordinals over which u, and with it t, is stratified.
         max_tokens_per_device: most rows of a micro-batch, counted after deletion.
         micro_batches: least number of micro-batches of a step on each rank.
         max_steps: length of the stream.
@@ -135,7 +135,7 @@ class StepStream(Dataset[StepBatches]):
     def examples(self, ordinals: Tensor) -> Examples:
         """The corrupted documents of these draws."""
         documents = self.store.documents(document_order(ordinals, len(self.store), self.seed).tolist())
-        return self.objective.prepare(documents, ordinals, stratified_times(ordinals, self.time_strata, self.seed))
+        return self.objective.prepare(documents, ordinals, stratified_uniforms(ordinals, self.time_strata, self.seed))
 
     def __getitem__(self, step: int) -> StepBatches:
         examples = self.examples(self.ordinals(step))

@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
@@ -155,7 +156,10 @@ class PaddedPlan:
     def of(cls, packed: PackedSequences, *, uniform: bool = False) -> PaddedPlan:
         """The blocks of sequences that all have rows; one for all of them if it is to be `uniform` (see `Block`)."""
         groups = [list(packed.host_lengths)] if uniform else alike(packed.host_lengths)
-        return cls(tuple(Block.of(lengths, packed.tokens.device, uniform=uniform) for lengths in groups))
+        firsts = accumulate(map(len, groups), initial=0)
+        return cls(
+            tuple(Block.of(packed, first, group, uniform=uniform) for first, group in zip(firsts, groups, strict=False))
+        )
 
     @property
     def padding(self) -> int:
@@ -204,20 +208,21 @@ class Block:
     mask: Tensor | None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, *, uniform: bool) -> Block:
-        """The block of sequences of these lengths.
+    def of(cls, packed: PackedSequences, first: int, lengths: Sequence[int], *, uniform: bool) -> Block:
+        """The block of the sequences from `first` on, which have these lengths.
 
         Args:
             uniform: always with a mask and at least 2 x 2, since a compiler makes graphs of their own for None, 0, 1.
         """
-        least = 2 if uniform else 1
+        least, start = 2 if uniform else 1, sum(packed.host_lengths[:first])
         rows, count, size = sum(lengths), max(least, len(lengths)), max(least, *lengths)
+        own = slice(start, start + rows)
+        index = (packed.sequence_ids[own] - first) * size + packed.positions[own]
         if min(lengths) == size and not uniform:
-            return cls(rows, count, size, torch.arange(rows, device=device), None)
-        filled = torch.tensor([*lengths, *[size] * (count - len(lengths))])  # no row of the mask is all False
-        mask = torch.arange(size) < filled[:, None]
-        index = mask[: len(lengths)].flatten().nonzero().squeeze(-1)
-        return cls(rows, count, size, index.to(device), mask.to(device))
+            return cls(rows, count, size, index, None)
+        # No row of the mask is all False.
+        filled = F.pad(packed.lengths[first : first + len(lengths)], (0, count - len(lengths)), value=size)
+        return cls(rows, count, size, index, torch.arange(size, device=index.device) < filled[:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Plan.attend`; as many heads of k and v as of q."""

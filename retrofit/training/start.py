@@ -419,6 +419,9 @@ FREE_FIELDS = frozenset(
 )
 """Recipe fields that a resumed run may change: none of them changes what is computed, beyond rounding."""
 
+BEFORE_THE_FIELD = {"objective.time_sampling": "uniform"}
+"""Fields whose default differs from what runs did when there was no such field."""
+
 FIXED_FIELDS = ("model.", "lora.", "objective.name")
 """Beginnings of the names of fields that no override can change."""
 
@@ -451,7 +454,8 @@ def check_same_run(
     unknown = sorted(set(overrides) - set(names) - {DATA_PATH})
     if unknown:
         raise ValueError(f"--override {unknown[0]}: no field of the recipe, or one that may change without it")
-    was = {name: theirs[name] if name in theirs else default_of(name) for name in names}  # a field newer than the run
+    # A field that is newer than the run: it ran on the default, or on what there was before the field.
+    was = {name: theirs.get(name, BEFORE_THE_FIELD.get(name, default_of(name))) for name in names}
     differing = [name for name in names if ours.get(name) != was[name]]
     refused = [name for name in differing if name not in overrides]
     if refused:

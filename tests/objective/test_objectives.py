@@ -10,6 +10,7 @@ from retrofit.checkpoints.adapters import HEAD, AdapterSettings, inject, lora_la
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion, llada
 from retrofit.flexmdm.attention import BACKENDS, obstacle
 from retrofit.objective import FlexMDMObjective, MDMObjective, corrupt, cross_entropy, flexmdm_loss, losses
+from retrofit.objective.times import TimeDensity
 from tests.kernels import install
 
 SIZES = {
@@ -128,6 +129,20 @@ def test_packed_training_loss_equals_the_dense_loss() -> None:
     dense = flexmdm_loss(out.logits, out.expected_gaps, corrupted, TIMES, schedules=config.schedules)
     assert torch.allclose(terms["unmasking"], dense.unmasking, rtol=1e-5)
     assert torch.allclose(terms["insertion"], dense.insertion, rtol=1e-5)
+
+
+def test_the_weight_of_t_is_a_factor_of_both_terms() -> None:
+    """A density of two bins: t below .5 has mass .8, and so the weight .5 / .8."""
+    times = TimeDensity.of_masses(torch.tensor([0, 0.5, 1.0]).double(), torch.tensor([0.8, 0.2]).double())
+    config = FlexMDMConfig(**SIZES)
+    uniform, objective = FlexMDMObjective(config, 0), FlexMDMObjective(config, 0, times)
+    model, batch = model_for(config), documents(LENGTHS)
+    weighted = objective.prepare(batch, ORDINALS, torch.where(TIMES < 0.5, 1.6 * TIMES, 0.8 + 0.4 * (TIMES - 0.5)))
+    found = objective.loss_terms(model, weighted.micro_batch(range(5)))
+    plain = uniform.loss_terms(model, uniform.prepare(batch, ORDINALS, TIMES).micro_batch(range(5)))
+    assert all(term.any() for term in plain.values())
+    for key, term in plain.items():
+        torch.testing.assert_close(found[key], term * torch.where(TIMES < 0.5, 0.625, 2.5))
 
 
 @pytest.mark.parametrize("kind", ["full", "tied", "lora"])
