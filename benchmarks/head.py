@@ -210,45 +210,44 @@ FORMS: dict[str, Form] = {
 }
 
 
-def forms(shapes: Sequence[tuple[int, int, int, torch.dtype]], repetitions: int) -> None:
+def forms(shapes: Sequence[tuple[int, int, int, torch.dtype, bool]], repetitions: int) -> None:
     """Peak beyond hidden states and weights, and time, of head and loss; and how far the gradients are from plain's."""
-    for width, vocabulary, rows, dtype in shapes:
-        for lora in (True, False):
-            torch.manual_seed(0)
-            # As training has them: a frozen weight in the dtype of the arithmetic, trained ones in float32.
-            only = OnlyHead(width, vocabulary, lora=lora, dtype=dtype if lora else torch.float32).train()
-            hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-            targets, scale = torch.randint(vocabulary, (rows,)), torch.rand(rows) / rows
-            weights = "LoRA, W frozen" if lora else "W trained"
-            print(f"\nd {width:,}, V {vocabulary:,}, M {rows:,}, {str(dtype)[6:]}, {weights}", end="")
-            print(f": logits {rows * vocabulary * dtype.itemsize / 1e9:.3f} GB")
-            print(f"{'form':<10}{'peak GB':>9}{'CPU s':>9}{'of plain':>10}{'gradients off by':>18}")
-            seconds: dict[str, list[float]] = {name: [] for name in FORMS}
-            peaks: dict[str, int] = {}
-            plain_gradients: list[Tensor] = []
-            off: dict[str, float] = {}
-            small = rows * vocabulary < 10**7
-            for repetition in range((20 if small else 1) * repetitions + 1):
-                for name, form in FORMS.items():
-                    only.zero_grad()
-                    hidden.grad = None
-                    torch.manual_seed(1)  # of dropout
-                    if repetition == 0:
-                        with LiveTensors([hidden, *only.parameters()]) as live:
-                            _forward_and_backward(form, only, hidden, targets, scale)
-                        peaks[name] = live.peak
-                        gradients = [x.grad for x in (hidden, *only.parameters()) if x.grad is not None]
-                        plain_gradients = plain_gradients or [gradient.clone() for gradient in gradients]
-                        pairs = zip(gradients, plain_gradients, strict=True)
-                        off[name] = max(float((one - two).norm() / two.norm()) for one, two in pairs)
-                        del gradients, pairs
-                    else:
-                        began = time.process_time()
+    for width, vocabulary, rows, dtype, lora in shapes:
+        torch.manual_seed(0)
+        # As training has them: a frozen weight in the dtype of the arithmetic, trained ones in float32.
+        only = OnlyHead(width, vocabulary, lora=lora, dtype=dtype if lora else torch.float32).train()
+        hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+        targets, scale = torch.randint(vocabulary, (rows,)), torch.rand(rows) / rows
+        weights = "LoRA, W frozen" if lora else "W trained"
+        print(f"\nd {width:,}, V {vocabulary:,}, M {rows:,}, {str(dtype)[6:]}, {weights}", end="")
+        print(f": logits {rows * vocabulary * dtype.itemsize / 1e9:.3f} GB")
+        print(f"{'form':<10}{'peak GB':>9}{'CPU s':>9}{'of plain':>10}{'gradients off by':>18}")
+        seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+        peaks: dict[str, int] = {}
+        plain_gradients: list[Tensor] = []
+        off: dict[str, float] = {}
+        small = rows * vocabulary < 10**7
+        for repetition in range((20 if small else 1) * repetitions + 1):
+            for name, form in FORMS.items():
+                only.zero_grad()
+                hidden.grad = None
+                torch.manual_seed(1)  # of dropout
+                if repetition == 0:
+                    with LiveTensors([hidden, *only.parameters()]) as live:
                         _forward_and_backward(form, only, hidden, targets, scale)
-                        seconds[name].append(time.process_time() - began)
-            for name in FORMS:
-                ratio = min(seconds[name]) / min(seconds["plain"])
-                print(f"{name:<10}{peaks[name] / 1e9:>9.3f}{min(seconds[name]):>9.3f}{ratio:>10.2f}{off[name]:>18.1e}")
+                    peaks[name] = live.peak
+                    gradients = [x.grad for x in (hidden, *only.parameters()) if x.grad is not None]
+                    plain_gradients = plain_gradients or [gradient.clone() for gradient in gradients]
+                    pairs = zip(gradients, plain_gradients, strict=True)
+                    off[name] = max(float((one - two).norm() / two.norm()) for one, two in pairs)
+                    del gradients, pairs
+                else:
+                    began = time.process_time()
+                    _forward_and_backward(form, only, hidden, targets, scale)
+                    seconds[name].append(time.process_time() - began)
+        for name in FORMS:
+            ratio = min(seconds[name]) / min(seconds["plain"])
+            print(f"{name:<10}{peaks[name] / 1e9:>9.3f}{min(seconds[name]):>9.3f}{ratio:>10.2f}{off[name]:>18.1e}")
 
 
 def _forward_and_backward(form: Form, only: OnlyHead, hidden: Tensor, targets: Tensor, scale: Tensor) -> None:
@@ -329,12 +328,9 @@ def main() -> None:
     if options.table == "chunks":
         chunks([1000, 2000, 4000], options.repetitions)
     elif options.table == "forms":
-        shapes = [
-            (256, 8192, 290, torch.float32),
-            (1024, V_8B, 1024, torch.bfloat16),
-            (1024, V_8B, 512, torch.float32),
-            (4096, V_8B, 512, torch.bfloat16),
-        ]
+        sizes = [(256, 8192, 290, torch.float32), (1024, V_8B, 1024, torch.bfloat16), (1024, V_8B, 512, torch.float32)]
+        shapes = [(*size, lora) for size in sizes for lora in (True, False)]
+        shapes.append((4096, V_8B, 512, torch.bfloat16, True))  # trained, the forms need more than 13 GB
         forms(shapes, options.repetitions)
     else:
         step(8192)

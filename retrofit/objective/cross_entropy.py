@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 16 << 20
-"""Of float32 logits at a time. From 32 MiB on a CPU's allocator asks the system anew each time, at twice the cost."""
+"""Of float32 logits at a time. Beyond 32 MiB a CPU's allocator asks the system anew each time, at twice the cost."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, consume: bool = False) -> Tensor:
