@@ -20,6 +20,7 @@ from tests.exact_runs import LAWS, SCHEDULES, Estimate
 ALL_SCHEDULES = {
     **SCHEDULES,
     "geometric, both": Schedules(Geometric(), Geometric()),
+    "a jump at 0": Schedules(Geometric(sigma_max=2.0), Linear()),
     "steep": Schedules(Power(9.0), Power(2.0), alpha_end=1.0),
     "insertion ends early": Schedules(Linear(), Linear(), alpha_end=0.3),
 }
