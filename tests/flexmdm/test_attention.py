@@ -149,7 +149,15 @@ def test_kernels_are_told_a_bound_that_no_length_changes(kernels: list[dict[str,
 def test_laid_out_for_compiled_blocks_every_batch_has_the_same_form() -> None:
     for lengths in ([7], [1, 1], [5, 5, 5], [3, 9]):
         plan: Any = plan_attention(packed_rows(lengths), "padded", bound=16)
-        assert plan.mask is not None and min(plan.mask.shape) >= 2 and plan.mask.any(-1).all()
+        (block,) = plan.blocks
+        assert block.mask is not None and min(block.mask.shape) >= 2 and block.mask.any(-1).all()
+
+
+def test_neighbours_of_like_length_share_a_block() -> None:
+    """Of 300 and 290 rows and 3 and 2: no scores are worth computing only to save a call, unless they are few."""
+    plan: Any = plan_attention(packed_rows([300, 299, 200, 3, 2, 1]), "padded")
+    assert [(block.count, block.size) for block in plan.blocks] == [(2, 300), (1, 200), (3, 3)]
+    assert plan.padding == 1 + 3
 
 
 # -------------------------------------------------------------------------------------------------------------- choice
