@@ -5,8 +5,8 @@ Shape legend: T tokens in all, B sequences, L longest sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -69,10 +69,17 @@ class PackedSequences:
         mask = torch.arange(size, device=lengths.device) < lengths[:, None] if ragged else None
         return PaddedBlock(lengths.numel(), size, index, mask)
 
-    def to(self, device: torch.device | str) -> PackedSequences:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedSequences:
         """The same batch on another device."""
-        kept, closed = (None if x is None else x.to(device) for x in (self.kept, self.closed))
-        return PackedSequences(self.tokens.to(device), self.cu_seqlens.to(device), kept, closed)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedSequences:
+        """The same batch in pinned memory, from which copies to a GPU need not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> PackedSequences:
+        kept, closed = (None if x is None else do(x) for x in (self.kept, self.closed))
+        return replace(self, tokens=do(self.tokens), cu_seqlens=do(self.cu_seqlens), kept=kept, closed=closed)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shape legend: B documents, T packed rows, M masked rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from retrofit.flexmdm.modeling import add_slots
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths
 
-from .interpolant import Corrupted, corrupt
+from .interpolant import Corrupted, corrupt, count_survivors
 from .losses import insertion_sums, unmasking_sums
 
 _MASKING_NOISE = 3
@@ -63,9 +63,16 @@ class MicroBatch:
         return self.packed.tokens.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
+        """The same micro-batch on another device. A copy from pinned memory to a GPU does not wait."""
+        non_blocking = torch.device(device).type != "cpu"
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, do: Callable[[Any], Any]) -> MicroBatch:
+        return replace(self, **{name: do(value) for name, value in vars(self).items() if value is not None})
 
 
 class Examples(Protocol):
@@ -84,6 +91,9 @@ class Objective(Protocol):
 
     def prepare(self, documents: Documents, ordinals: Tensor, t: Tensor) -> Examples:
         """Corrupts documents: ordinals int64 [B] key the noise, t is float64 [B]."""
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, t: Tensor) -> Tensor:
+        """int64 [B]: `prepare(...).lengths`, cheaply. kept: bool [T], the documents' flags laid end to end."""
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """Terms of the loss, each float32 [B], sums over positions. `model` may be wrapped by an engine."""
@@ -138,6 +148,10 @@ class FlexMDMObjective:
             key=(self.seed, ordinals),
         )
         return FlexMDMExamples(corrupted, ordinals, t, self.config.pad_token_id)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, t: Tensor) -> Tensor:
+        """See `Objective.count_rows`."""
+        return count_survivors(kept, lengths, t, schedules=self.schedules, key=(self.seed, ordinals)) + 1
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking` and `insertion`, float32 [B]."""
@@ -209,6 +223,10 @@ class MDMObjective:
         draws = keyed_uniform(self.seed, _MASKING_NOISE, ordinals[:, None], position)
         masked = (draws < self.mask_probability(t)[:, None]) & ~kept
         return MDMExamples(torch.where(masked, self.config.mask_token_id, clean), masked, clean, ordinals, t)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, t: Tensor) -> Tensor:
+        """See `Objective.count_rows`: the window, whatever the document."""
+        return torch.full_like(lengths, self.window)
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking`, float32 [B]."""
