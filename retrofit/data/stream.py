@@ -51,10 +51,10 @@ def document_order(ordinals: Tensor, size: int, seed: int) -> Tensor:
     return out
 
 
-def stratified_times(ordinals: Tensor, strata: int, seed: int) -> Tensor:
-    """float64 [B]: t of each draw, uniform on (0, 1).
+def stratified_uniforms(ordinals: Tensor, strata: int, seed: int) -> Tensor:
+    """float64 [B]: of each draw the u, uniform on (0, 1), of which the objective makes its t.
 
-    Each block of `strata` consecutive ordinals has one t in every interval of length 1 / strata, in permuted order, so
+    Each block of `strata` consecutive ordinals has one u in every interval of length 1 / strata, in permuted order, so
     that a step's loss varies less.
     """
     blocks, places = ordinals // strata, ordinals % strata
@@ -69,7 +69,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     """Spreads documents over bins, longest first into the emptiest (greedy, within 4/3 of the best balance).
 
     Returns:
-        `bins` lists of indices into `lengths`, each in rising order; some may be empty.
+        `bins` lists of indices into `lengths`, the longest first (attention pads neighbours alike); some may be empty.
     """
     members: list[list[int]] = [[] for _ in range(bins)]
     emptiest = [(0, 0, b) for b in range(bins)]  # a heap of (load, documents, bin)
@@ -77,7 +77,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
         load, count, b = emptiest[0]
         heapq.heapreplace(emptiest, (load + lengths[index], count + 1, b))
         members[b].append(index)
-    return [sorted(rows) for rows in members]
+    return members
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class _Draws:
-    """Of each draw its ordinal, its document in the store, both int64 [B], and its t, float64 [B]."""
+    """Of each draw its ordinal and its document in the store, int64 [B], and the u of its t, float64 [B]."""
 
     ordinals: Tensor
     documents: Tensor
-    t: Tensor
+    u: Tensor
 
     def __getitem__(self, rows: Tensor) -> _Draws:
-        return _Draws(self.ordinals[rows], self.documents[rows], self.t[rows])
+        return _Draws(self.ordinals[rows], self.documents[rows], self.u[rows])
 
 
 class StepStream(Dataset[StepBatches]):
@@ -114,7 +114,7 @@ class StepStream(Dataset[StepBatches]):
 
     Args:
         documents_per_step: documents of a step over all ranks.
-        time_strata: block of ordinals over which t is stratified.
+        time_strata: block of ordinals over which u, and with it t, is stratified.
         max_tokens_per_device: most rows of a micro-batch, counted after deletion.
         micro_batches: least number of micro-batches of a step on each rank.
         max_steps: length of the stream.
@@ -154,14 +154,14 @@ class StepStream(Dataset[StepBatches]):
 
     def _draws(self, ordinals: Tensor) -> _Draws:
         documents = document_order(ordinals, len(self.store), self.seed)
-        return _Draws(ordinals, documents, stratified_times(ordinals, self.time_strata, self.seed))
+        return _Draws(ordinals, documents, stratified_uniforms(ordinals, self.time_strata, self.seed))
 
     def examples(self, ordinals: Tensor) -> Examples:
         """The corrupted documents of these draws."""
         return self._examples(self._draws(ordinals))
 
     def _examples(self, draws: _Draws) -> Examples:
-        return self.objective.prepare(self.store.documents(draws.documents), draws.ordinals, draws.t)
+        return self.objective.prepare(self.store.documents(draws.documents), draws.ordinals, draws.u)
 
     def _count_rows(self, draws: _Draws) -> list[int]:
         """The lengths of `_examples(draws)`, cheaply."""
@@ -169,7 +169,7 @@ class StepStream(Dataset[StepBatches]):
         for part in torch.arange(len(draws.ordinals)).split(_COUNTED_AT_ONCE):
             some = draws[part]
             kept, lengths = self.store.kept(some.documents)
-            rows += self.objective.count_rows(kept, lengths, some.ordinals, some.t).tolist()
+            rows += self.objective.count_rows(kept, lengths, some.ordinals, some.u).tolist()
         return rows
 
     def __getitem__(self, step: int) -> StepBatches:

@@ -30,6 +30,7 @@ from retrofit.data.stream import StepBatches, StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
+from retrofit.objective.times import UNIFORM, importance_density
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
 
@@ -135,6 +136,7 @@ def train(
         held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
+        processes.together(lambda: begin.choose_attention(recipe, processes.device))
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
@@ -262,9 +264,12 @@ class Trainer:
         ).sum()
 
     def _held_out(self, store: TokenStore) -> list[MicroBatch]:
-        """The held-out documents with their fixed noise, cut up as one step of a stream of their own."""
+        """The held-out documents with their fixed noise, cut up as one step of a stream of their own.
+
+        Their t is uniform whatever `objective.time_sampling` says, so that runs can be compared.
+        """
         count = self.held_out_documents = min(self.recipe.training.eval_documents, len(store))
-        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED)
+        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED, uniform_time=True)
         stream = self._stream(
             store, objective, seed=HELD_OUT_SEED, documents_per_step=count, time_strata=count, max_steps=1
         )
@@ -602,9 +607,10 @@ class Trainer:
             self.progress.close()
 
 
-def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int) -> Objective:
-    """The recipe's objective for a model's configuration."""
+def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int, *, uniform_time: bool = False) -> Objective:
+    """The recipe's objective for a model's configuration, or with uniform t, for losses that are to be compared."""
     if recipe.objective.name == "mdm":
         return MDMObjective(config, seed, recipe.objective.window)
     assert isinstance(config, FlexMDMConfig)
-    return FlexMDMObjective(config, seed)
+    uniform = uniform_time or recipe.objective.time_sampling == "uniform"
+    return FlexMDMObjective(config, seed, UNIFORM if uniform else importance_density(config.schedules))

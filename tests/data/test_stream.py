@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from retrofit.data.stream import StepStream, balance, document_order, stratified_times
+from retrofit.data.stream import StepStream, balance, document_order, stratified_uniforms
 from retrofit.flexmdm import FlexMDMConfig
 from retrofit.objective import FlexMDMObjective, MicroBatch
+from retrofit.objective.times import importance_density
 
 CONFIG = FlexMDMConfig(
     vocab_size=60, d_model=8, n_layers=1, n_heads=1, mlp_hidden_size=8, max_sequence_length=64,
@@ -120,12 +121,24 @@ def test_each_epoch_is_a_new_permutation_of_all_documents() -> None:
     assert torch.equal(document_order(torch.tensor([77, 3]), 30, seed=1), order.flatten()[[77, 3]])
 
 
-def test_times_hold_one_of_each_stratum_in_permuted_order() -> None:
-    t = stratified_times(torch.arange(160), 16, seed=2).view(10, 16)
-    strata = (t * 16).long()
+def test_uniforms_hold_one_of_each_stratum_in_permuted_order() -> None:
+    u = stratified_uniforms(torch.arange(160), 16, seed=2).view(10, 16)
+    strata = (u * 16).long()
     assert torch.equal(strata.sort(1).values, torch.arange(16).expand(10, 16))
     assert not (strata == strata[0]).all()
-    assert ((t * 16) % 1).mean() == pytest.approx(0.5, abs=0.07)
+    assert ((u * 16) % 1).mean() == pytest.approx(0.5, abs=0.07)
+
+
+def test_importance_sampled_times_hold_one_of_each_stratum_of_the_density() -> None:
+    density = importance_density(CONFIG.schedules)
+    ends, _ = density.draw(torch.arange(13).double() / 12)
+    steps = StepStream(
+        Store(), FlexMDMObjective(CONFIG, 5, density), seed=5, documents_per_step=12, time_strata=12,  # type: ignore[arg-type]
+        max_tokens_per_device=200, max_steps=6,
+    )  # fmt: skip
+    for step in range(6):
+        t = torch.cat([batch.timesteps for batch in steps[step].micro_batches]).sort().values
+        assert (ends[:-1] <= t).all() and (t <= ends[1:]).all()
 
 
 def test_greedy_balance_is_close_to_even() -> None:

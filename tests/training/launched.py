@@ -16,6 +16,7 @@ What a recipe's file is called decides what is done to its run:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -55,6 +56,7 @@ def main() -> None:
         install_shim()
 
     from retrofit.checkpoints.checkpoint import steps_present
+    from retrofit.flexmdm.llada import LLaDAPreTrainedModel
     from retrofit.probe import no_probe
     from retrofit.recipe import load_recipe
     from retrofit.training.loop import train
@@ -62,6 +64,8 @@ def main() -> None:
     from tests.faults import disk_full, fail_at, hang, kill, send, spoil
 
     torch.set_num_threads(1)
+    # A backend that traces as every other does, and generates no code.
+    LLaDAPreTrainedModel.compile_blocks = functools.partialmethod(LLaDAPreTrainedModel.compile_blocks, "aot_eager")  # type: ignore[assignment]
     Processes.close = lambda self: None  # type: ignore[method-assign]  # the process group serves all recipes
     rank = int(os.environ["RANK"])
     probes = {
@@ -76,6 +80,7 @@ def main() -> None:
     outcomes = []
     for path in map(Path, sys.argv[2:]):
         recipe = load_recipe(path)
+        torch._dynamo.reset()
         run = Path(recipe.training.output_dir)
         found = re.search(r"-from-(\S+)$", path.stem)
         if path.stem.endswith("-copy") or found:

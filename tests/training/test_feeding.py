@@ -25,6 +25,7 @@ def micro_batch(step: int, gaps: bool = True) -> MicroBatch:
     return MicroBatch(
         packed=pack([[step, 6], []], slot=0),
         timesteps=torch.tensor([0.5, step], dtype=torch.float64),
+        weights=torch.tensor([1.0, step], dtype=torch.float64),
         ordinals=torch.tensor([1, step]),
         mask_rows=torch.tensor([1]),
         targets=torch.tensor([step]),
@@ -61,7 +62,7 @@ def test_steps_come_whole_and_in_order_from_any_number_of_workers(workers: int) 
         expected = Stream()[step]
         assert batches.rows == expected.rows
         pairs = list(zip(tensors(batches), tensors(expected), strict=True))
-        assert len(pairs) == 2 * 7 - 1 and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+        assert len(pairs) == 2 * 8 - 1 and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
         batches.micro_batches[0].timesteps.fill_(0)  # what was sent can be written to, as any tensor
 
 

@@ -111,6 +111,17 @@ def test_a_run_has_what_it_promises(full_run: Path) -> None:
     assert all(s["text"].startswith(s["prompt"]) and s["sampling"]["steps"] == 4 for s in samples)
 
 
+def test_held_out_loss_is_over_uniform_t_however_training_draws_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    logs = []
+    for name in ("uniform", "importance"):
+        options = (f"--objective.time_sampling={name}", "--training.max_steps=1", "--training.eval_steps=5")
+        train(make_recipe(tmp_path / name, *options))
+        logs.append(read_log(tmp_path / name))
+    (start, step, *_), (other_start, other_step, *_) = logs
+    assert start["kind"] == "held_out" and start == other_start
+    assert step["kind"] == "train" and step["loss"] != other_step["loss"]
+
+
 def test_nothing_in_a_run_is_pickled(full_run: Path) -> None:
     suffixes = {path.suffix for path in full_run.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}
