@@ -5,7 +5,7 @@ Shape legend: T tokens in all, B sequences, L padded length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -75,12 +75,17 @@ class PackedSequences:
         cu_seqlens = cumulative_lengths(torch.tensor(lengths, dtype=torch.int64)).to(self.cu_seqlens.device)
         return replace(self, cu_seqlens=cu_seqlens, host_lengths=lengths)
 
-    def to(self, device: torch.device | str) -> PackedSequences:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedSequences:
         """The same batch on another device."""
-        kept, closed = (None if x is None else x.to(device) for x in (self.kept, self.closed))
-        return PackedSequences(
-            self.tokens.to(device), self.cu_seqlens.to(device), kept, closed, host_lengths=self.host_lengths
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedSequences:
+        """The same batch in pinned memory, from which copies to a GPU need not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> PackedSequences:
+        kept, closed = (None if x is None else do(x) for x in (self.kept, self.closed))
+        return replace(self, tokens=do(self.tokens), cu_seqlens=do(self.cu_seqlens), kept=kept, closed=closed)
 
 
 def cumulative_lengths(lengths: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shape legend: B documents, T packed rows, M masked rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from retrofit.flexmdm.modeling import add_slots
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths
 
-from .interpolant import Corrupted, corrupt
+from .interpolant import Corrupted, corrupt, count_survivors
 from .losses import insertion_sums, unmasking_sums
 from .times import UNIFORM, TimeDensity
 
@@ -66,9 +66,16 @@ class MicroBatch:
         return self.packed.tokens.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
+        """The same micro-batch on another device. A copy from pinned memory to a GPU does not wait."""
+        non_blocking = torch.device(device).type != "cpu"
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, do: Callable[[Any], Any]) -> MicroBatch:
+        return replace(self, **{name: do(value) for name, value in vars(self).items() if value is not None})
 
 
 class Examples(Protocol):
@@ -87,6 +94,9 @@ class Objective(Protocol):
 
     def prepare(self, documents: Documents, ordinals: Tensor, u: Tensor) -> Examples:
         """Corrupts documents: ordinals int64 [B] key the noise; u, float64 [B] in (0, 1), becomes t."""
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """int64 [B]: `prepare(...).lengths`, cheaply. kept: bool [T], the documents' flags laid end to end."""
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """Terms of the loss, each float32 [B], sums over positions, whose mean over t is that of uniform t.
@@ -148,6 +158,11 @@ class FlexMDMObjective:
             key=(self.seed, ordinals),
         )
         return FlexMDMExamples(corrupted, ordinals, t, weights, self.config.pad_token_id)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """See `Objective.count_rows`."""
+        t, _ = self.times.draw(u)
+        return count_survivors(kept, lengths, t, schedules=self.schedules, key=(self.seed, ordinals)) + 1
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking` and `insertion`, float32 [B]."""
@@ -221,6 +236,10 @@ class MDMObjective:
         draws = keyed_uniform(self.seed, _MASKING_NOISE, ordinals[:, None], position)
         masked = (draws < self.mask_probability(t)[:, None]) & ~kept
         return MDMExamples(torch.where(masked, self.config.mask_token_id, clean), masked, clean, ordinals, t, weights)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """See `Objective.count_rows`: the window, whatever the document."""
+        return torch.full_like(lengths, self.window)
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking`, float32 [B]."""

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.checkpoints import checkpoint
@@ -37,6 +36,7 @@ from retrofit.recipe import Recipe
 
 from .engines import make_engine
 from .engines.base import Engine
+from .feeding import feed, naming_the_lost
 from .guard import (
     EXIT_HANGING,
     NotFinite,
@@ -44,7 +44,6 @@ from .guard import (
     SignalGuard,
     announce,
     describe_divergence,
-    ignore_signals,
 )
 from .keeper import Keeper, NotFiniteError
 from .log import Progress, Tracker, describe_loss, open_trackers
@@ -113,6 +112,7 @@ def train(
             announce(text)
             outcome.write(EXIT_HANGING, text, step)
 
+        stack.enter_context(naming_the_lost(outcome))
         watch = stack.enter_context(
             Watch(
                 launch_store(name, processes.world_size),
@@ -258,7 +258,7 @@ class Trainer:
 
     def _empty_loss(self) -> Tensor:
         """The loss of a micro-batch without documents: 0, by way of every trainable weight."""
-        nothing = self.stream.examples(self.stream.ordinals(0)).micro_batch([]).to(self.engine.device)
+        nothing = self.stream.examples(self.stream.ordinals(0)[:0]).micro_batch([]).to(self.engine.device)
         return torch.stack(
             [term.sum() for term in self.objective.loss_terms(self.engine.model, nothing).values()]
         ).sum()
@@ -306,16 +306,8 @@ class Trainer:
         """(step, counted from 0, this rank's part of it) of the steps that are left, without those to be skipped."""
         section = self.recipe.training
         steps = [step for step in range(self.step, section.max_steps) if step + 1 not in section.skip_steps]
-        loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            sampler=steps,
-            num_workers=self.recipe.data.num_workers,
-            collate_fn=_identity,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator
-        )
-        batches = iter(loader)
+        pin = self.engine.device.type == "cuda"
+        batches = feed(self.stream, steps, workers=self.recipe.data.num_workers, pin=pin)
         for step in steps:
             began = time.monotonic()
             batch = next(batches)
@@ -622,7 +614,3 @@ def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int, *, uniform_t
     assert isinstance(config, FlexMDMConfig)
     uniform = uniform_time or recipe.objective.time_sampling == "uniform"
     return FlexMDMObjective(config, seed, UNIFORM if uniform else importance_density(config.schedules))
-
-
-def _identity(batches: Any) -> Any:
-    return batches

@@ -1,5 +1,6 @@
 """A step is a function of recipe and step alone; ranks, workers and the budget only decide who computes what."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +24,11 @@ class Store:
     def __len__(self) -> int:
         return 30
 
-    def documents(self, indices: list[int]) -> SimpleNamespace:
-        lengths = torch.tensor(indices)
+    def kept(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(int(indices.sum()), dtype=torch.bool), indices
+
+    def documents(self, indices: torch.Tensor) -> SimpleNamespace:
+        lengths = indices
         inside = torch.arange(29) < lengths[:, None]
         return SimpleNamespace(
             tokens=lengths[:, None].expand(-1, 29).masked_fill(~inside, 59),
@@ -52,6 +56,16 @@ def by_ordinal(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int
     return found
 
 
+def assert_same_batches(ours: list[MicroBatch], theirs: list[MicroBatch]) -> None:
+    """Equal in every bit."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in ((one, other), (one.packed, other.packed)):
+            for name in (field.name for field in fields(a) if field.name != "packed"):
+                first, second = getattr(a, name), getattr(b, name)
+                assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() -> None:
     for step in range(3):
         alone = by_ordinal(stream()[step].micro_batches)
@@ -60,6 +74,19 @@ def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() 
             shares = [stream(**changes, rank=rank)[step].micro_batches for rank in range(changes.get("world_size", 1))]
             assert len({len(share) for share in shares}) == 1  # as many micro-batches on every rank
             assert by_ordinal([batch for share in shares for batch in share]) == alone
+
+
+def test_a_step_is_what_cutting_the_corrupted_documents_of_all_ranks_gives() -> None:
+    """Ranks corrupt their own documents only; the direct way is to corrupt them all and then to cut."""
+    for changes in ({"world_size": 3}, {"world_size": 16}, {"max_tokens_per_device": 40}, {"documents_per_step": 100}):
+        own = {**changes, "rank": changes.get("world_size", 1) - 1}
+        step = stream(**own)[2]
+        everyone = stream(**own)
+        examples = everyone.examples(everyone.ordinals(2))
+        bins = everyone.cut(examples.lengths.tolist())
+        direct = [examples.micro_batch(rows) for rows in bins[own["rank"] :: changes.get("world_size", 1)]]
+        assert_same_batches(step.micro_batches, direct)
+        assert sum(map(sum, step.rows)) == examples.lengths.sum()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

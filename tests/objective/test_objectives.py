@@ -10,7 +10,7 @@ from retrofit.checkpoints.adapters import HEAD, AdapterSettings, inject, lora_la
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion, llada
 from retrofit.flexmdm.attention import BACKENDS, obstacle
 from retrofit.objective import FlexMDMObjective, MDMObjective, corrupt, cross_entropy, flexmdm_loss, losses
-from retrofit.objective.times import TimeDensity
+from retrofit.objective.times import UNIFORM, TimeDensity, importance_density
 from tests.kernels import install
 
 SIZES = {
@@ -192,6 +192,17 @@ def test_micro_batches_pack_survivors_and_one_slot_each() -> None:
     assert (batch.packed.tokens[batch.mask_rows] == 38).all() and batch.targets.numel() == batch.mask_rows.numel()
     assert not batch.packed.kept[batch.packed.last_rows].any()
     assert torch.equal(batch.open_gaps, ~batch.packed.closed)
+
+
+@pytest.mark.parametrize("name", ["flexmdm", "importance", "mdm"])
+def test_rows_are_counted_without_drawing_the_examples(name: str) -> None:
+    config, batch = FlexMDMConfig(**SIZES), documents(LENGTHS)
+    times = importance_density(config.schedules) if name == "importance" else UNIFORM
+    objective = MDMObjective(config, 0, window=32) if name == "mdm" else FlexMDMObjective(config, 0, times)
+    inside = torch.arange(batch.kept.shape[1]) < batch.lengths[:, None]
+    for u in (TIMES, 1 - TIMES):
+        counted = objective.count_rows(batch.kept[inside], batch.lengths, ORDINALS, u)
+        assert torch.equal(counted, objective.prepare(batch, ORDINALS, u).lengths)
 
 
 def test_the_mdm_fills_the_window_with_eos_and_weighs_by_the_mask_probability() -> None:

@@ -332,6 +332,27 @@ def test_a_killed_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, long_run: Pat
     assert_equal_runs(tmp_path / "run", long_run, 60)
 
 
+def test_a_run_whose_data_worker_is_killed_says_so_in_one_line_and_can_be_started_again(
+    make_recipe: MakeRecipe, full_run: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """The worker is ahead, and another step is under way when it is gone."""
+
+    def kill_worker(_: Any) -> None:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+
+    run = tmp_path / "run"
+    recipe = make_recipe(run, *FULL, "--data.num_workers=1")
+    with pytest.raises(SystemExit) as stop:
+        train(recipe, probe=fail_at(0, 1, "forward", kill_worker))
+    assert stop.value.code == 4
+    lines = [line for line in capfd.readouterr().err.splitlines() if "DataLoader" in line]
+    assert len(lines) == 1 and "start the same command again" in lines[0]
+    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 4
+    train(recipe)
+    assert_equal_runs(run, full_run)
+
+
 def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_update(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
