@@ -125,7 +125,7 @@ class Engine(ABC):
         """Scales gradients down to `max_norm`, updates, and clears them. Nothing else changes masters."""
         clip_gradients(self.parameters, norm, max_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.discard()
 
     def discard(self) -> None:
         """Drops the gradients without an update."""

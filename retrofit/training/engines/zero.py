@@ -62,10 +62,6 @@ class ZeroEngine(Engine):
         self.zero.clip_grad = max_norm or 0.0
         self.deepspeed.step()
 
-    def discard(self) -> None:
-        """See `Engine.discard`."""
-        self.zero.zero_grad()
-
     def read(self, kind: str, name: str) -> Tensor:
         """See `Engine.read`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -91,6 +87,12 @@ class ZeroOneTwoEngine(ZeroEngine):
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
         return float(self.zero.scaled_global_norm() / self.zero.loss_scale)
+
+    def discard(self) -> None:
+        """See `Engine.discard`. As DeepSpeed does when it passes over a step: what is averaged already goes too."""
+        self.zero.zero_grad()
+        self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+        self.zero.all_grad_tensors = dict.fromkeys(self.zero.all_grad_tensors)
 
     def masters(self) -> list[Tensor]:
         """See `Engine.masters`."""
@@ -122,6 +124,14 @@ class ZeroThreeEngine(ZeroEngine):
             deepspeed.zero.Init(module=leaf, config_dict_or_path=self.config, dtype=torch.float32)
 
         materialise(model, read, on_leaf=partition)
+
+    def autocast(self) -> torch.autocast:
+        """See `Engine.autocast`. Autocast's copies of weights would be those of the whole model, kept for the step."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+    def discard(self) -> None:
+        """See `Engine.discard`."""
+        self.zero.zero_grad()
 
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
