@@ -6,6 +6,7 @@ ranks, workers, accumulation and the token budget only decide who computes what.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform
+from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform, permuted
 from retrofit.objective.objectives import Examples, MicroBatch, Objective
 
 from .store import TokenStore
 
 # Keys of the draws that are not the objective's own.
 _ORDER, _STRATUM, _TIME = 11, 12, 13
+
+
+# Up to so many documents an epoch's order is made as a whole, beyond it place by place: workers of a large store start
+# at once and hold none of it.
+_WHOLE_ORDER = 1 << 16
 
 
 @lru_cache(maxsize=2)
@@ -34,7 +40,10 @@ def document_order(ordinals: Tensor, size: int, seed: int) -> Tensor:
     out = torch.empty_like(ordinals)
     for epoch in epochs.unique().tolist():
         at = epochs == epoch
-        out[at] = _epoch_order(size, seed, epoch)[places[at]]
+        if size <= _WHOLE_ORDER:
+            out[at] = _epoch_order(size, seed, epoch)[places[at]]
+        else:
+            out[at] = permuted(places[at], size, seed, _ORDER, epoch)
     return out
 
 
@@ -58,12 +67,12 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     Returns:
         `bins` lists of indices into `lengths`, each in rising order; some may be empty.
     """
-    loads = [0] * bins
     members: list[list[int]] = [[] for _ in range(bins)]
+    emptiest = [(0, 0, b) for b in range(bins)]  # a heap of (load, documents, bin)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        emptiest = min(range(bins), key=lambda b: (loads[b], len(members[b]), b))
-        loads[emptiest] += lengths[index]
-        members[emptiest].append(index)
+        load, count, b = emptiest[0]
+        heapq.heapreplace(emptiest, (load + lengths[index], count + 1, b))
+        members[b].append(index)
     return [sorted(rows) for rows in members]
 
 

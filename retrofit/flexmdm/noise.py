@@ -8,11 +8,14 @@ int64 arithmetic, so that it is the same on every device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _WEYL = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_FEISTEL_ROUNDS = 6
 
 
 def _signed(value: int) -> int:
@@ -32,6 +35,21 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _keyed_bits(seed: int, *counters: int | Tensor) -> Tensor:
+    """64 random bits, int64, for each element of the broadcast counters."""
+    device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
+    state = _mix(torch.tensor(_signed(seed * _WEYL + _WEYL), device=device))
+    for counter in counters:
+        if not isinstance(counter, Tensor):
+            counter = torch.tensor(_signed(counter), device=device)
+        state = _absorb(state, counter)
+    return state
+
+
+def _absorb(state: Tensor, counter: Tensor) -> Tensor:
+    return _mix(state ^ (counter * _signed(_WEYL) + _signed(_MULTIPLIERS[0])))
+
+
 def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
     """Uniform draws in the open interval (0, 1), one for each element of the broadcast counters.
 
@@ -45,16 +63,38 @@ def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
     Example:
         keyed_uniform(0, ordinals[:, None], torch.arange(length))  # [B, length]
     """
-    device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
-    state = _mix(torch.tensor(_signed(seed * _WEYL + _WEYL), device=device))
-    for counter in counters:
-        if not isinstance(counter, Tensor):
-            counter = torch.tensor(_signed(counter), device=device)
-        state = _mix(state ^ (counter * _signed(_WEYL) + _signed(_MULTIPLIERS[0])))
     # 52 bits: with 53, the half added to the largest would round up to 1.
-    return (_shift_right(state, 12).double() + 0.5) * 2.0**-52
+    return (_shift_right(_keyed_bits(seed, *counters), 12).double() + 0.5) * 2.0**-52
 
 
 def keyed_permutation(size: int, seed: int, *counters: int) -> Tensor:
     """A uniformly random permutation of range(size), int64 [size], that depends on its key alone."""
     return keyed_uniform(seed, *counters, torch.arange(size)).argsort()
+
+
+def permuted(places: Tensor, size: int, seed: int, *counters: int) -> Tensor:
+    """Where a random permutation of range(size) sends `places`, without making the whole of it.
+
+    A Feistel network on the square just above `size`, adding modulo its side, walked on until it lands inside (Black
+    and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Small squares have few such permutations: below
+    some thousands take `keyed_permutation`.
+
+    Args:
+        places: int64 [N] in range(size).
+
+    Returns:
+        int64 [N].
+    """
+    side = math.isqrt(size - 1) + 1
+    keys = [_keyed_bits(seed, *counters, turn) for turn in range(_FEISTEL_ROUNDS)]
+
+    def mixed(x: Tensor) -> Tensor:
+        left, right = x // side, x % side
+        for key in keys:
+            left, right = right, (left + _shift_right(_absorb(key, right), 2)) % side
+        return left * side + right
+
+    out = mixed(places)
+    while (outside := out >= size).any():
+        out[outside] = mixed(out[outside])
+    return out

@@ -64,9 +64,10 @@ class Progress:
         return due
 
     def describe(self, record: Mapping[str, Any]) -> str:
+        mfu = "" if record["mfu"] is None else f"{record['mfu']:.0%} MFU  "
         return (
             f"step {record['step']}/{self.max_steps}  {describe_loss(record)}  "
-            f"norm {record['gradient_norm']:.3g}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"norm {record['gradient_norm']:.3g}  {record['tokens_per_second']:,.0f} tokens/s  {mfu}"
             f"{format_seconds(self.seconds_left(record['step']))} left"
         )
 

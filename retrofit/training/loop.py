@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ from .random_state import random_states, restore_random_states
 from .run_directory import SAMPLES, RunDirectory
 from .samples import draw_samples
 from .start import Start
+from .throughput import Sums, UsefulFlops, Work, peak_flops, peak_memory
 from .watch import Watch, launch_store
 
 HELD_OUT_SEED = 20_250_903
@@ -158,7 +159,7 @@ class Trainer:
     """A run in progress on this rank.
 
     Attributes:
-        step: steps completed. tokens: packed rows computed so far, over all ranks.
+        step: steps completed. tokens: tokens of x_t computed so far, over all ranks; slots do not count.
     """
 
     def __init__(
@@ -182,12 +183,13 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.pending: list[str] = []
-        self.since_log = _Sums()
+        self.since_log = Sums()
         self.progress: Progress | None = None
         self.trackers: list[Tracker] = []
         section = recipe.training
         self.store, self.tokenizer, self.budget = store, tokenizer, budget
         self.objective = build_objective(recipe, begin.model.config, section.seed)
+        self.useful_flops = UsefulFlops(begin.model.config, begin.weights.shapes, begin.trainable)
         decayed = decayed_names(begin.model)
         processes.together(
             lambda: engine.prepare(
@@ -317,7 +319,12 @@ class Trainer:
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator
         )
-        return zip(steps, loader, strict=True)
+        batches = iter(loader)
+        for step in steps:
+            began = time.monotonic()
+            batch = next(batches)
+            self.since_log.waiting += time.monotonic() - began
+            yield step, batch
 
     def _after_step(self, stop: bool) -> bool:
         """Logs, measures and saves what is due after a step; returns whether to stop, agreed by all ranks."""
@@ -384,7 +391,9 @@ class Trainer:
         engine, began, batches = self.engine, time.monotonic(), step.micro_batches
         scale = self.recipe.training.documents_per_step * self.recipe.objective.window
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+        work = Work()
         for i, batch in enumerate(batches):
+            work += Work.of(batch)
             batch = batch.to(engine.device)
             with engine.micro_batch(last=i == len(batches) - 1):
                 self._at("forward", batch)
@@ -395,12 +404,14 @@ class Trainer:
         self._at("agree")
         norm = engine.gradient_norm()
 
+        # Nothing of a step is read from the device before here, and all that ranks tell each other is one message.
         names = list(seen[0][1])
-        sums = torch.stack([torch.cat([terms[name] for _, terms in seen]).double().sum() for name in names]).tolist()
+        sums = torch.stack([torch.cat([terms[name] for _, terms in seen]).double().sum() for name in names])
         signalled, infinite = self.guard.received is not None, not (math.isfinite(norm) and norm >= 0)
         part_failed = self.keeper.poll()
         self.watch.newest = self.keeper.newest
-        *totals, stop, bad_norm, failed = self.processes.total([*sums, signalled, infinite, part_failed])
+        flags = torch.tensor([signalled, infinite, part_failed, work.masks, work.squares], dtype=torch.float64)
+        *totals, stop, bad_norm, failed, masks, squares = self.processes.total(torch.cat([sums, flags.to(sums.device)]))
         losses = {name: total / scale for name, total in zip(names, totals, strict=True)}
         if bad_norm or not all(map(math.isfinite, losses.values())):
             engine.discard()
@@ -416,12 +427,25 @@ class Trainer:
             engine.update_average(self.recipe.training.ema_decay)
         self.step += 1
         self.outcome.step = self.step
-        rows = sum(map(sum, step.rows))
-        self.tokens += rows
-        self.since_log.add(losses, rows, time.monotonic() - began)
+        self._count(step.rows, int(masks), int(squares), time.monotonic() - began)
+        self.since_log.add_losses(losses)
         self.since_log.last = {"gradient_norm": norm, "learning_rate": rate}
         self.probe("updated", self.step)
         return bool(stop)
+
+    def _count(self, rows: list[list[int]], masks: int, squares: int, seconds: float) -> None:
+        """Adds what a step computed and how long it took to the sums since the last line of the log."""
+        documents, total = self.recipe.training.documents_per_step, sum(map(sum, rows))
+        slots = documents if self.recipe.objective.name == "flexmdm" else 0
+        self.tokens += total - slots
+        sums = self.since_log
+        sums.steps += 1
+        sums.documents += documents
+        sums.seconds += seconds
+        sums.rows += total
+        sums.slots += slots
+        sums.balanced += sum(max(ranks) * len(ranks) for ranks in rows)
+        sums.flops += self.useful_flops(Work(total, masks, documents, squares))
 
     def _stop_on_divergence(
         self, losses: dict[str, float], norm: float, seen: list[tuple[Tensor, dict[str, Tensor]]]
@@ -453,8 +477,10 @@ class Trainer:
 
     def log_step(self) -> None:
         """The means since the last line of the log, to the log, the trackers and the terminal."""
-        sums, self.since_log = self.since_log, _Sums()
+        sums, self.since_log = self.since_log, Sums()
         losses = {name: value / sums.steps for name, value in sums.losses.items()}
+        device, world_size = self.engine.device, self.processes.world_size
+        waiting, memory = self.processes.most([sums.waiting, peak_memory(device)])
         self._record(
             {
                 "step": self.step,
@@ -464,9 +490,10 @@ class Trainer:
                 **sums.last,
                 "documents": self.step * self.recipe.training.documents_per_step,
                 "tokens": self.tokens,
-                "tokens_per_second": sums.tokens / max(sums.seconds, 1e-9),
-                "seconds_per_step": sums.seconds / sums.steps,
+                **sums.describe(world_size=world_size, peak=peak_flops(device)),
+                "seconds_waiting": waiting,
                 "seconds_saving": self.keeper.take_stall(),
+                "peak_memory_gb": memory / 1e9,
             }
         )
 
@@ -578,7 +605,7 @@ class Trainer:
             self._seed_dropout()
             if self.processes.is_main:
                 announce("dropout's random state is that of another number of processes; dropout is drawn anew")
-        self.since_log = _Sums(**record["since_log"])
+        self.since_log = Sums(**record["since_log"])
 
     def finish(self) -> None:
         """Writes final/: the loadable weights of the last step, without training state."""
@@ -591,24 +618,6 @@ class Trainer:
             tracker.close()
         if self.progress is not None:
             self.progress.close()
-
-
-@dataclass
-class _Sums:
-    """Sums since the last line of the log. Saved, so that a resumed run logs what an uninterrupted one does."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-
-    def add(self, losses: dict[str, float], tokens: int, seconds: float) -> None:
-        self.steps += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
 
 
 def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int) -> Objective:

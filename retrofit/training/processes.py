@@ -9,12 +9,13 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from retrofit.sections import Recipe
 
@@ -72,12 +73,19 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def total(self, values: Sequence[float] | Tensor) -> list[float]:
         """Sums over ranks, in float64."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def most(self, values: Sequence[float] | Tensor) -> list[float]:
+        """Largest values over ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Sequence[float] | Tensor, operation: dist.ReduceOp.RedOpType) -> list[float]:
+        tensor = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return [float(value) for value in tensor]
+            dist.all_reduce(tensor, operation)
+        return cast(list[float], tensor.tolist())
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -107,3 +107,11 @@ def test_greedy_balance_is_close_to_even() -> None:
     loads = [sum(lengths[i] for i in rows) for rows in balance(lengths, 16)]
     assert max(loads) / (sum(lengths) / 16) < 1.02
     assert sorted(i for rows in balance(lengths, 16) for i in rows) == list(range(128))
+
+
+def test_a_large_store_has_an_order_too_that_no_one_makes_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrofit.data.stream._epoch_order", None)
+    size = 100_000
+    order = document_order(torch.arange(2 * size), size, seed=1).view(2, size)
+    assert torch.equal(order.sort(1).values, torch.arange(size).expand(2, size))
+    assert (order[0] == order[1]).sum() < 20  # 1 expected

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from retrofit.flexmdm import noise
-from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform
+from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform, permuted
 
 
 def test_a_draw_depends_on_its_key_alone() -> None:
@@ -62,3 +62,35 @@ def test_a_permutation_holds_each_index_once_and_differs_by_key() -> None:
     assert torch.equal(first.sort().values, torch.arange(100))
     assert not torch.equal(first, second)
     assert torch.equal(first, keyed_permutation(100, 0, 1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4096, 70_000, 99_856, 99_857])
+def test_a_permutation_place_by_place_sends_every_place_to_another(size: int) -> None:
+    places = torch.arange(size)
+    whole = permuted(places, size, 3, 1)
+    assert torch.equal(whole.sort().values, places)
+    some = torch.randint(size, (50,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(permuted(some, size, 3, 1), whole[some])
+
+
+def test_a_permutation_place_by_place_is_random() -> None:
+    """Over 400 keys: where a place lands is uniform, neighbours land apart, keys have nothing in common (5 sd each)."""
+    size, keys = 70_000, 400
+    out = torch.stack([permuted(torch.arange(0, size, 100), size, 7, key) for key in range(keys)]).double() / size
+    mean, sd = out.mean(0), (1 / 12 / keys) ** 0.5
+    assert (mean - 0.5).abs().max() < 5 * sd
+    assert (out.square().mean(0) - 1 / 3).abs().max() < 5 * (4 / 45 / keys) ** 0.5
+    for a, b in ((out[:, 1:], out[:, :-1]), (out[1:], out[:-1])):
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 5 / a.numel() ** 0.5
+    neighbours = permuted(torch.arange(size), size, 7, 0).double().diff().abs() / size
+    assert abs(neighbours.mean() - 1 / 3) < 5 * (1 / 18 / size) ** 0.5 * 2  # neighbouring gaps share a place
+
+
+def test_sixteen_bits_of_place_move_sixteen_bits_of_landing() -> None:
+    """Each bit of the landing differs for half of all pairs of places that differ in one bit."""
+    places = torch.arange(1 << 16)
+    out = permuted(places, 1 << 16, 5)
+    for i in range(16):
+        flipped = out ^ out[places ^ (1 << i)]
+        for j in range(16):
+            assert abs(((flipped >> j) & 1).double().mean() - 0.5) < 5 * 0.5 / (1 << 15) ** 0.5

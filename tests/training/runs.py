@@ -15,7 +15,10 @@ import torch
 from retrofit.checkpoints import checkpoint
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
+TIMINGS = (
+    "documents_per_second", "tokens_per_second", "tflops_per_second", "seconds_per_step", "seconds_waiting",
+    "seconds_saving", "peak_memory_gb",
+)  # fmt: skip
 
 
 def launch(engine: str, root: Path, names: list[str], processes: int = 2) -> str:

@@ -8,7 +8,7 @@ import pytest
 from retrofit.training import log
 
 RECORD = {
-    "loss": 1.5, "unmasking": 1.0, "insertion": 0.5, "gradient_norm": 2.0, "tokens_per_second": 12345.0,
+    "loss": 1.5, "unmasking": 1.0, "insertion": 0.5, "gradient_norm": 2.0, "tokens_per_second": 12345.0, "mfu": None,
 }  # fmt: skip
 
 

@@ -35,7 +35,10 @@ LORA = (
     "--lora.r=4", "--lora.lora_alpha=8", "--lora.lora_dropout=0.1",
     "--lora.target_modules=[q_proj, v_proj, model.transformer.ff_out]",
 )  # fmt: skip
-TIMINGS = ("tokens_per_second", "seconds_per_step", "seconds_saving")
+TIMINGS = (
+    "documents_per_second", "tokens_per_second", "tflops_per_second", "seconds_per_step", "seconds_waiting",
+    "seconds_saving", "peak_memory_gb",
+)  # fmt: skip
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

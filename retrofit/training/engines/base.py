@@ -78,7 +78,7 @@ class Engine(ABC):
         """Creates the optimizer's state as a first step would; the average starts at the weights."""
         for master in self.masters():
             self.optimizer.state[master] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=master.device),
                 **{kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS},
                 **({AVERAGE: master.detach().clone()} if AVERAGE in self.kinds else {}),
             }
@@ -169,7 +169,7 @@ class Engine(ABC):
             for name, _ in self.parameters:
                 self.write(kind, name, read(kind, name))
         for master in self.masters():
-            self.optimizer.state[master]["step"] = torch.tensor(float(adam_step))
+            self.optimizer.state[master]["step"] = torch.tensor(float(adam_step), device=master.device)
         self.masters_changed()
 
     # ---- the average
