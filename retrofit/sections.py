@@ -176,7 +176,7 @@ class TrainingSection:
     documents_per_step: PositiveInt
     """documents of one step over all ranks: the one batch size that defines training"""
     max_tokens_per_device: RowsOrAuto = 16384
-    """rows of one micro-batch on one rank; bounds memory, does not change what is trained on; auto: the most that fit"""
+    """rows of one micro-batch on one rank; bounds memory, not what is trained on; auto: the most that fit"""
     per_device_train_batch_size: PositiveInt | None = None
     """optional: times gradient_accumulation_steps times ranks it must be documents_per_step"""
     gradient_accumulation_steps: PositiveInt | None = None

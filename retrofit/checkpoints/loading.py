@@ -162,7 +162,12 @@ def load_source(source: Source, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def build(
-    source: Source, config: LLaDAConfig, *, dtype: torch.dtype | None = None, verify: bool = True, weights: bool = True
+    source: Source,
+    config: LLaDAConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    shapes_only: bool = False,
 ) -> tuple[Any, Readers]:
     """The model of a source on the meta device, and where its weights are to be had.
 
@@ -172,7 +177,7 @@ def build(
         config: the source's own, or a FlexMDM's for a plain LLaDA: then its new modules get no readers.
         dtype: of the weights; None keeps the files' own. Factors and new modules of an adapter are float32 always.
         verify: False where somebody else verifies the files of `directories`.
-        weights: False where shapes are all that is wanted: the weights' files may be absent, and readers raise.
+        shapes_only: the files of the weights may be absent, and the readers raise.
 
     Returns:
         the model in evaluation mode, and readers by plain names, of the factors by theirs (see
@@ -182,22 +187,20 @@ def build(
         ValueError: the files are missing, not readable, damaged, or do not fit together.
     """
     full = source if source.adapter is None else base_of(source)
-    files = TensorFiles(weight_files(full.directory) if weights else [])
+    files = TensorFiles([] if shapes_only else weight_files(full.directory))
     theirs = model_config(full)
     if isinstance(theirs, FlexMDMConfig) and not isinstance(config, FlexMDMConfig):
         raise ValueError(f"{full.directory}: is a FlexMDM, and {source.directory} says that its base is a plain LLaDA")
     becomes_flexmdm = isinstance(config, FlexMDMConfig) and not isinstance(theirs, FlexMDMConfig)
     model = on_meta(config, dtype or config.dtype or next(iter(files.dtypes.values()), None) or torch.float32)
-    readers: Readers = {}
-    if weights:
-        readers = full_readers(model, full.directory, files, NEW_MODULES if becomes_flexmdm else ())
+    fresh = NEW_MODULES if becomes_flexmdm else ()
+    readers = {} if shapes_only else full_readers(model, full.directory, files, fresh)
     if source.adapter is not None:
         settings, _, _ = adapters.read_adapter_config(source.adapter)
         adapters.inject(model, settings)
         adapters.select_trainable(model)
-        if weights:
-            readers |= adapters.adapter_readers(model, source.adapter)
-    if not weights:
+        readers |= {} if shapes_only else adapters.adapter_readers(model, source.adapter)
+    if shapes_only:
         return model.eval(), {adapters.plain_name(name): _not_read for name, _ in model.named_parameters()}
     if verify:  # last, since names and shapes say more of what is wrong
         for directory in directories(source):

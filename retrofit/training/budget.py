@@ -25,7 +25,6 @@ from .preflight import gigabytes
 from .processes import Processes
 from .start import Start
 
-AUTO = "auto"
 _SHRINK, _TRIALS = 0.85, 6
 
 
@@ -62,21 +61,20 @@ class Budget:
 
 def layout_of(processes: Processes, deepspeed: Mapping[str, Any] | None) -> Layout:
     """How the launched job spreads its model."""
-    zero = deepspeed["zero_optimization"] if deepspeed is not None else {}
     sizes = processes.accelerator.parallelism_config if processes.kind == "fsdp" else None
-    replicas = sizes.dp_replicate_size if sizes is not None else 1
-    return Layout(
-        {"zero": f"zero{zero.get('stage')}", "fsdp": "fsdp2"}.get(processes.kind, "ddp"),
+    return Layout.of(
+        processes.kind,
         ranks=processes.world_size,
-        shards=processes.world_size // replicas,
+        replicas=sizes.dp_replicate_size if sizes is not None else 1,
         local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        zero=zero,
+        deepspeed=deepspeed,
     )
 
 
 def choose_budget(
     recipe: Recipe,
     begin: Start,
+    objective: Objective,
     store: TokenStore,
     processes: Processes,
     deepspeed: Mapping[str, Any] | None,
@@ -91,7 +89,7 @@ def choose_budget(
         ValueError: not even the longest document fits.
     """
     asked, longest = recipe.training.max_tokens_per_device, longest_document(recipe, store)
-    if asked != AUTO:
+    if asked != "auto":
         return Budget(asked, longest)
     layout = layout_of(processes, deepspeed)
     found = None if record is None else _recorded(record, layout)
@@ -100,7 +98,7 @@ def choose_budget(
             announce(f"max_tokens_per_device: auto is {found:,} rows, as before this start")
         return Budget(found, longest)
     usable = min(processes.gather(usable_memory(processes.device, layout.local_ranks)))
-    estimate = Estimate.of(recipe, begin, store, layout)
+    estimate = Estimate.of(recipe, begin, objective, store, layout)
 
     def find() -> Budget:
         rows = estimate.largest(usable, pointless_beyond(recipe, longest, layout.ranks))
@@ -119,7 +117,7 @@ def choose_budget(
 def _recorded(record: Mapping[str, Any], layout: Layout) -> int | None:
     """What the run found before, if it still computes alike."""
     same = (record["engine"], record["world_size"]) == (layout.engine, layout.ranks)
-    was_auto = record["recipe"]["training"]["max_tokens_per_device"] == AUTO
+    was_auto = record["recipe"]["training"]["max_tokens_per_device"] == "auto"
     return record["max_tokens_per_device"] if same and was_auto else None
 
 
@@ -127,63 +125,70 @@ def try_budget(budget: Budget, engine: Engine, objective: Objective, config: Any
     """Takes a step at the largest shape, without its update, and a smaller budget where memory does not suffice.
 
     Two micro-batches, so that the second finds gradients as in any longer step. Called by all ranks, after the engine
-    has laid out its buffers; nothing is left of it but torch's generators, which are seeded afterwards.
+    has laid out its buffers; nothing is left of it but torch's generators, which are seeded afterwards. Shapes are the
+    same on all ranks; if one alone runs out of memory under an engine that shards, the others wait for it in vain, and
+    the watch says who is missing.
 
     Args:
         config: of the model.
-        at: told that a micro-batch begins; whoever is not heard of any more is named by the watch.
+        at: told that a micro-batch begins.
 
     Returns:
         a budget that every rank has computed.
 
     Raises:
-        ValueError: memory does not suffice for the least budget, or after so many trials.
+        ValueError: memory does not suffice for the longest document, or after some trials, or in a backward after which
+            the engine cannot go on.
     """
     if budget.parts is None:
         return budget
     processes = engine.processes
     for _ in range(_TRIALS):
-        if not processes.any(_runs_out(budget, engine, objective, config, at)):
+        where = [place for place in processes.gather(_out_of_memory(budget, engine, objective, config, at)) if place]
+        if not where:
             return budget
         rows = max(budget.longest, int(_SHRINK * budget.rows))
-        if rows == budget.rows:
+        if rows == budget.rows or ("backward" in where and not engine.survives_failed_backward):
             break
         if processes.is_main:
             announce(f"out of memory at {budget.rows:,} rows a micro-batch; trying {rows:,}")
         budget = replace(budget, rows=rows)
-    return processes.on_main(lambda: _refuse(budget))
+    return processes.on_main(lambda: _refuse(budget, rows))
 
 
-def _refuse(budget: Budget) -> Budget:
+def _refuse(budget: Budget, rows: int) -> Budget:
+    mend = f"give a smaller number, for example {rows}, " if rows < budget.rows else ""
     raise ValueError(
-        f"training.max_tokens_per_device: auto: out of memory at {budget.rows:,} rows a micro-batch; the longest "
-        f"document has {budget.longest:,}; set training.gradient_checkpointing: true, or shard over more ranks (launch/)"
+        f"training.max_tokens_per_device: auto: out of memory at {budget.rows} rows a micro-batch; {mend}set "
+        "training.gradient_checkpointing: true, or shard over more ranks (launch/)"
     )
 
 
-def _runs_out(
-    budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None]
-) -> bool:
-    """Whether memory does not suffice on this rank."""
+def _out_of_memory(budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None]) -> str:
+    """Where memory does not suffice on this rank: "forward", "backward" or "" for nowhere."""
+    where = ""
 
     def micro_batch(*, last: bool) -> None:
+        nonlocal where
+        where = "forward"
         batch = largest_batch(budget.rows, budget.longest, config).to(engine.device)
         with engine.micro_batch(last=last):
             at("trial")
             terms = objective.loss_terms(engine.model, batch)
+            where = "backward"
             engine.backward(torch.stack([term.sum() for term in terms.values()]).sum())
 
     engine.model.train()
     try:
         micro_batch(last=False)
         micro_batch(last=True)
-        ran_out = False
+        where = ""
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        ran_out = True
-    engine.discard()
+    if where != "backward" or engine.survives_failed_backward:
+        engine.discard()
     engine.model.eval()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-    return ran_out
+    return where

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,19 @@ class Layout:
     shards: int = 1
     local_ranks: int = 1
     zero: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, kind: str, *, ranks: int, replicas: int, local_ranks: int, deepspeed: Mapping[str, Any] | None
+    ) -> Layout:
+        """The layout of a launch.
+
+        Args:
+            kind: as `Processes` has it. replicas: of FSDP2's hybrid sharding. deepspeed: its resolved configuration.
+        """
+        zero = deepspeed["zero_optimization"] if deepspeed is not None else {}
+        engine = {"zero": f"zero{zero.get('stage')}", "fsdp": "fsdp2"}.get(kind, "ddp")
+        return cls(engine, ranks, ranks // replicas, local_ranks, zero)
 
 
 @dataclass(frozen=True)
@@ -314,6 +327,15 @@ class Estimate:
     layout: Layout
     bf16: bool
     average: bool
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, begin: Start, objective: Objective, store: TokenStore | None, layout: Layout
+    ) -> Estimate:
+        """The estimate of a recipe's run. Without the data, their longest document is one that fills the window."""
+        section = recipe.training
+        longest = longest_document(recipe, store)
+        return cls(begin, objective, longest, layout, section.bf16, section.ema_decay is not None)
 
     def parts(self, rows: int) -> Parts:
         """What the largest micro-batch of a budget needs, part by part."""

@@ -4,8 +4,8 @@ Order within a step: micro-batches forward and backward; loss, norm and signals 
 log; held-out loss; samples; checkpoint. So whatever a checkpoint holds is in the log already. Only a signal puts the
 checkpoint first: the measurements that are due then are made when the run goes on.
 
-Points of the probe: "trial", "start", "batch", "forward", "backward" (subject: the micro-batch), "agree", "update", "updated",
-"evaluate", "sample", "save", and those of `checkpoints.saving`.
+Points of the probe: "trial", "start", "batch", "forward", "backward" (subject: the micro-batch), "agree", "update",
+"updated", "evaluate", "sample", "save", and those of `checkpoints.saving`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroB
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
 
-from .budget import AUTO, Budget, choose_budget, try_budget
+from .budget import Budget, choose_budget, try_budget
 from .engines import make_engine
 from .engines.base import Engine
 from .guard import (
@@ -139,7 +139,8 @@ def train(
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         record = checkpoint.read_record(opened.resumed) if opened.resumed is not None else None
-        budget = choose_budget(recipe, begin, store, processes, deepspeed, record)
+        objective = build_objective(recipe, begin.model.config, section.seed)
+        budget = choose_budget(recipe, begin, objective, store, processes, deepspeed, record)
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
         with holding(begin, opened.resumed):
             trainer = Trainer(

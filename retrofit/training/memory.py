@@ -107,7 +107,9 @@ def usable(total: float) -> int:
     return int(total * (1 - RESERVE))
 
 
-def control_group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+def control_group_limits(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
     """(limit, used) in bytes of each control group (version 2, or 1) of this process that limits memory.
 
     Files that are only cached do not count as used: they give way.

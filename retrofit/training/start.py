@@ -155,18 +155,16 @@ class Start:
 # ------------------------------------------------------------------------------------------------------------ new stage
 
 
-def from_recipe(
-    recipe: Recipe, store: TokenStore | None, *, verify: bool = True, weights: bool = True
-) -> Start:
+def from_recipe(recipe: Recipe, store: TokenStore | None, *, verify: bool = True, shapes_only: bool = False) -> Start:
     """Builds the model of step 0 on the meta device.
 
     What no file holds (factors, and the new modules of what was a plain LLaDA) is fresh: a function of the recipe's
     seed and the parameter's name.
 
     Args:
-        store: the data, or None if only shapes are wanted.
+        store: the data; None will do for shapes.
         verify: False where the files are compared with their manifests elsewhere.
-        weights: False where only shapes are wanted: config.json will do, and nothing can be read.
+        shapes_only: config.json will do, and no weights can be read.
 
     Raises:
         ValueError: init_from cannot be loaded or contradicts the recipe or the data (which field, and how to mend it).
@@ -181,7 +179,7 @@ def from_recipe(
     else:
         _check_agreement(recipe, config)
     loaded = dtype if recipe.lora is not None else torch.float32
-    model, readers = loading.build(source, config, dtype=loaded, verify=verify, weights=weights)
+    model, readers = loading.build(source, config, dtype=loaded, verify=verify, shapes_only=shapes_only)
     adapter, base, merged_base = None, (source.name, source.revision), None
     if source.adapter is not None and recipe.model.merge_first:
         readers = adapters.merged_readers(model, readers)

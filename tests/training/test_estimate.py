@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retrofit.data.store import TokenStore
 from retrofit.recipe import Recipe
@@ -24,9 +23,7 @@ from retrofit.training.estimate import (
     Layout,
     Parts,
     largest_batch,
-    largest_lengths,
     longest_document,
-    pointless_beyond,
 )
 from retrofit.training.loop import build_objective
 from retrofit.training.memory import LiveBytes
@@ -35,7 +32,8 @@ from retrofit.training.optimizer import MOMENTS, build_optimizer, decayed_names
 MakeRecipe = Callable[..., Recipe]
 
 LORA = (
-    "--lora.r=4", "--lora.lora_alpha=8", "--lora.lora_dropout=0.1", "--lora.target_modules=[q_proj, model.transformer.ff_out]",
+    "--lora.r=4", "--lora.lora_alpha=8", "--lora.lora_dropout=0.1",
+    "--lora.target_modules=[q_proj, model.transformer.ff_out]",
 )  # fmt: skip
 BF16 = ("--training.bf16=true",)
 CHECKPOINTED = ("--training.gradient_checkpointing=true",)
@@ -110,7 +108,9 @@ def measure(recipe: Recipe, rows: int, longest: int) -> tuple[Parts, int]:
      (*LORA, *BF16, *CHECKPOINTED), MDM, (*MDM, *BF16, *CHECKPOINTED)],
     ids=lambda options: "-".join(option.rpartition(".")[2] for option in options) or "plain",
 )  # fmt: skip
-def test_the_estimate_is_what_live_tensors_take(make_recipe: MakeRecipe, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_the_estimate_is_what_live_tensors_take(
+    make_recipe: MakeRecipe, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     recipe = make_recipe(tmp_path / "run", *options)
     expected = estimate(recipe)
     rows = 5 * expected.longest + 3
@@ -118,4 +118,4 @@ def test_the_estimate_is_what_live_tensors_take(make_recipe: MakeRecipe, tmp_pat
     ours = expected.parts(rows)
     print(options, ours, parts, peak)
     for name, value in asdict(parts).items():
-        print(name, getattr(ours,name), value, getattr(ours,name)-value)
+        print(name, getattr(ours, name), value, getattr(ours, name) - value)

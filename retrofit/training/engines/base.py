@@ -41,9 +41,11 @@ class Engine(ABC):
         model: what the loss calls. module: the bare model inside it.
         optimizer: AdamW over `masters`. parameters: (name, parameter) of all trainable ones, in the model's order.
         kinds: "master", "exp_avg", "exp_avg_sq" and, with an average, "ema".
+        survives_failed_backward: whether another micro-batch may follow a backward that was broken off.
     """
 
     name: str
+    survives_failed_backward = True
     model: nn.Module
     module: nn.Module
     optimizer: AdamW

@@ -27,6 +27,7 @@ class FullyShardedEngine(Engine):
     """See the module."""
 
     name = "fsdp2"
+    survives_failed_backward = False
 
     def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.prepare`. Each rank reads every tensor and keeps its own rows."""

@@ -30,7 +30,8 @@ class ZeroEngine(Engine):
     def __init__(self, processes: Processes, config: Mapping[str, Any], *, bf16: bool, average: bool) -> None:
         super().__init__(processes, bf16=bf16, average=average)
         self.config = dict(config)
-        self.name = f"zero{config['zero_optimization']['stage']}"
+        stage = config["zero_optimization"]["stage"]
+        self.name, self.survives_failed_backward = f"zero{stage}", stage == 1
 
     def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.prepare`."""
