@@ -107,9 +107,26 @@ def inject(model: nn.Module, settings: AdapterSettings) -> None:
     on_meta = next(model.parameters()).is_meta
     config = LoraConfig(**_peft_fields(settings))
     inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=on_meta)
-    got = [name for name, _ in lora_layers(model)]
-    if sorted(got) != sorted(expected):
-        raise RuntimeError(f"PEFT adapted {len(got)} modules where {len(expected)} were meant")
+    layers = dict(lora_layers(model))
+    if sorted(layers) != sorted(expected):
+        raise RuntimeError(f"PEFT adapted {len(layers)} modules where {len(expected)} were meant")
+    if HEAD in layers:
+        layers[HEAD].lora_variant[_NAME] = _HeadProduct()
+
+
+class _HeadProduct:
+    """How PEFT is to add the factors' product to the head's: x W' + (s A(dropout x)) B', in one operation.
+
+    PEFT's own form holds three tensors of the logits' size at once, and its backward two; this holds two and one. It
+    scales the r columns of A's product, not the V of B's. Under ZeRO-3 the head gathers B as a parameter of its own.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """The head's logits [M, V]; `result` are those of the base alone, x the hidden states in the factors' dtype."""
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter].weight
+        thin = a(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]
+        return torch.addmm(result, thin.to(result.dtype), b.to(result.dtype).t())
 
 
 def _peft_fields(settings: AdapterSettings) -> dict[str, Any]:

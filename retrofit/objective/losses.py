@@ -8,25 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.flexmdm.schedules import Schedules
 
+from .cross_entropy import cross_entropy
 from .interpolant import Corrupted
 
 
-def unmasking_sums(logits: Tensor, targets: Tensor, sequence_ids: Tensor, weights: Tensor) -> Tensor:
+def unmasking_sums(
+    logits: Tensor, targets: Tensor, sequence_ids: Tensor, weights: Tensor, *, consume_logits: bool = False
+) -> Tensor:
     """beta' / (1 - beta) times the sum over masks of -log p(clean token | x_t), for each sequence.
 
     Args:
         logits: [M, V]. targets: int64 [M]. sequence_ids: int64 [M], the sequence of each mask.
         weights: [B], the unmasking hazard at each sequence's t.
+        consume_logits: let backward write their gradient over them: see `cross_entropy`.
 
     Returns:
         float32 [B].
     """
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    losses = cross_entropy(logits, targets, consume=consume_logits)
     return losses.new_zeros(weights.shape).index_add(0, sequence_ids, losses) * weights.float()
 
 
@@ -70,7 +73,11 @@ def flexmdm_loss(
     masks, gaps = corrupted.masked.nonzero(), corrupted.open_gaps.nonzero()
     return FlexMDMLoss(
         unmasking=unmasking_sums(
-            logits[corrupted.masked], corrupted.targets[corrupted.masked], masks[:, 0], schedules.unmasking_hazard(t)
+            logits[corrupted.masked],
+            corrupted.targets[corrupted.masked],
+            masks[:, 0],
+            schedules.unmasking_hazard(t),
+            consume_logits=True,  # a copy of the caller's
         ),
         insertion=insertion_sums(
             expected_gaps[corrupted.open_gaps],

@@ -145,7 +145,11 @@ class FlexMDMObjective:
         out = model(packed=batch.packed, timesteps=batch.timesteps, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids
         unmasking = unmasking_sums(
-            out.logits, batch.targets, sequence[batch.mask_rows], self.schedules.unmasking_hazard(batch.timesteps)
+            out.logits,
+            batch.targets,
+            sequence[batch.mask_rows],
+            self.schedules.unmasking_hazard(batch.timesteps),
+            consume_logits=True,
         )
         hazard = self.schedules.insertion_hazard(batch.timesteps)
         insertion = insertion_sums(out.expected_gaps, batch.gaps, batch.open_gaps, sequence, hazard)
@@ -215,5 +219,11 @@ class MDMObjective:
         out = model(packed=batch.packed, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids[batch.mask_rows]
         return {
-            "unmasking": unmasking_sums(out.logits, batch.targets, sequence, 1 / self.mask_probability(batch.timesteps))
+            "unmasking": unmasking_sums(
+                out.logits,
+                batch.targets,
+                sequence,
+                1 / self.mask_probability(batch.timesteps),
+                consume_logits=True,
+            )
         }

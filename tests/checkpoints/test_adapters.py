@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrofit.checkpoints import adapters
 from retrofit.checkpoints.adapters import HEAD, AdapterSettings
@@ -155,3 +157,46 @@ def test_features_of_peft_that_are_not_supported_are_refused(toy: Path, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     with pytest.raises(ValueError, match="use_dora is set"):
         adapters.read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_s_product_is_peft_s_and_makes_two_tensors_of_its_size(toy: Path, dtype: torch.dtype) -> None:
+    model = FlexMDMForMaskedDiffusion.from_pretrained(toy / "model", dtype=dtype)
+    adapters.inject(model, AdapterSettings(4, 8.0, 0.3, (HEAD,)))
+    adapters.select_trainable(model)
+    layer = model.get_submodule(HEAD).train()
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    hidden = torch.randn(7, 32, dtype=dtype)
+    scale = torch.randn(7, layer.out_features).to(dtype)
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(5)
+        layer.zero_grad()
+        leaf = hidden.clone().requires_grad_()
+        with Wide(layer.out_features) as wide, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = layer(leaf)
+        assert logits.dtype == dtype
+        logits.backward(scale)
+        factors = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+        return [logits.detach(), leaf.grad, *factors], wide.made
+
+    ours, made = run()
+    layer.lora_variant.clear()
+    theirs, made_by_peft = run()
+    assert (made, made_by_peft) == (2, 4)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.dtype == two.dtype
+        assert (one - two).norm() <= (1e-6 if dtype == torch.float32 else 8e-3) * two.norm()
+
+
+class Wide(TorchDispatchMode):
+    """Counts the matrices of so many columns that operations make."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.made = columns, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.made += isinstance(result, torch.Tensor) and result.shape == (7, self.columns)
+        return result

@@ -33,6 +33,19 @@ def test_losses_equal_the_published_ones() -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_dense_loss_leaves_the_caller_s_logits_as_they_are() -> None:
+    golden = load_file(GOLDEN)
+    corrupted = corrupt(
+        golden["x1"], golden["lengths"], golden["t"], kept=golden["prompt_mask"].bool(), schedules=LINEAR,
+        mask_token_id=382, pad_token_id=380, key=(0, torch.arange(len(golden["t"]))),
+    )  # fmt: skip
+    logits = golden["token_logits"].clone().requires_grad_()
+    loss = flexmdm_loss(logits, golden["expected_gaps"], corrupted, golden["t"], schedules=LINEAR)
+    loss.unmasking.sum().backward()
+    assert logits.grad is not None and bool((logits.grad[corrupted.masked] != 0).any())
+    assert torch.equal(logits, golden["token_logits"])
+
+
 def test_phi_is_zero_at_the_truth_and_smallest_at_the_mean() -> None:
     gaps = torch.tensor([0, 1, 5, 5])
     everywhere = torch.ones(4, dtype=torch.bool)

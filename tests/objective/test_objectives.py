@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from retrofit.checkpoints.adapters import HEAD, AdapterSettings, inject, lora_layers, select_trainable
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
-from retrofit.objective import FlexMDMObjective, MDMObjective, corrupt, flexmdm_loss
+from retrofit.objective import FlexMDMObjective, MDMObjective, corrupt, cross_entropy, flexmdm_loss, losses
 
 SIZES = {
     "vocab_size": 40,
@@ -96,6 +98,42 @@ def test_packed_training_loss_equals_the_dense_loss() -> None:
     dense = flexmdm_loss(out.logits, out.expected_gaps, corrupted, TIMES, schedules=config.schedules)
     assert torch.allclose(terms["unmasking"], dense.unmasking, rtol=1e-5)
     assert torch.allclose(terms["insertion"], dense.insertion, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "lora"])
+def test_gradients_of_a_model_are_those_of_the_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Chunks of three rows and one call of the head; for LoRA, with dropout, against PEFT's own sum of the products."""
+    config = FlexMDMConfig(**SIZES, weight_tying=kind == "tied")
+    model, objective = model_for(config), FlexMDMObjective(config, seed=3)
+    if kind == "lora":
+        inject(model, AdapterSettings(3, 6.0, 0.3, ("q_proj", HEAD)))
+        select_trainable(model)
+        torch.nn.init.normal_(model.get_submodule(HEAD).lora_B["default"].weight)
+    calls = []
+    if kind != "tied":
+        model.get_submodule(HEAD).register_forward_hook(lambda *_: calls.append(1))
+    batch = objective.prepare(documents(LENGTHS), ORDINALS, TIMES).micro_batch(range(5))
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(7)
+        model.train().zero_grad()
+        terms = objective.loss_terms(model, batch)
+        torch.stack([term.sum() for term in terms.values()]).sum().backward()
+        return terms["unmasking"].detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 3 * 4 * 40)
+    loss, gradients = run()
+    assert len(calls) == (kind != "tied") and batch.targets.numel() > 6
+    monkeypatch.setattr(
+        losses, "cross_entropy", lambda logits, targets, **_: F.cross_entropy(logits, targets, reduction="none")
+    )
+    for _, layer in lora_layers(model):
+        layer.lora_variant.clear()
+    expected_loss, expected = run()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == expected.keys() and len(gradients) > 10
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 2e-6 * expected[name].norm() + 1e-7, name
 
 
 def test_micro_batches_pack_survivors_and_one_slot_each() -> None:
