@@ -1,4 +1,4 @@
-"""What a run will need, before it is launched: memory of a rank by part, the largest token budget, sizes of checkpoints.
+"""What a run will need, before it is launched: a rank's memory by part, the largest token budget, sizes of checkpoints.
 
 Nothing is read but configurations: a directory with the model's config.json will do, and where the data are absent,
 documents that fill the window are assumed.
@@ -86,10 +86,8 @@ def estimate(
         f"checkpoints  {gigabytes(sizes.checkpoint)} each, {gigabytes(sizes.state)} of it training state; "
         f"final/ takes {gigabytes(sizes.weights)}"
     )
-    print(
-        "unchecked    on a GPU none of these numbers; on a CPU activations and logits are the bytes of live tensors, "
-        "and gathered, buckets is an upper bound"
-    )
+    print("unchecked    none of this was ever compared with a GPU; on a CPU the numbers are the bytes of live tensors")
+    print("             (gathered, buckets: an upper bound). The reserve has to cover what a GPU needs beyond that")
 
 
 def _layout(recipe: Recipe, launch: Path | None, processes: int | None) -> Layout:
@@ -128,9 +126,7 @@ def _fillable(memory: float | None, layout: Layout) -> tuple[int, str]:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         return usable(total), f"{gigabytes(total)} of this machine's {torch.cuda.get_device_name(0)}"
-    return usable_memory(
-        torch.device("cpu"), layout.local_ranks
-    ), "what is free on this machine without a GPU (--memory)"
+    return usable_memory(torch.device("cpu"), layout.local_ranks), "its share of this machine, which has no GPU"
 
 
 def _print_parts(parts: Parts) -> None:

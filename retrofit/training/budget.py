@@ -126,12 +126,12 @@ def try_budget(budget: Budget, engine: Engine, objective: Objective, config: Any
 
     Two micro-batches, so that the second finds gradients as in any longer step. Called by all ranks, after the engine
     has laid out its buffers; nothing is left of it but torch's generators, which are seeded afterwards. Shapes are the
-    same on all ranks; if one alone runs out of memory under an engine that shards, the others wait for it in vain, and
-    the watch says who is missing.
+    same on all ranks. If one alone runs out of memory amid the collectives of an engine that shards, the others wait
+    for it in vain, and the watch says which is missing.
 
     Args:
         config: of the model.
-        at: told that a micro-batch begins.
+        at: told what begins.
 
     Returns:
         a budget that every rank has computed.
@@ -143,12 +143,12 @@ def try_budget(budget: Budget, engine: Engine, objective: Objective, config: Any
     if budget.parts is None:
         return budget
     processes = engine.processes
-    for _ in range(_TRIALS):
-        where = [place for place in processes.gather(_out_of_memory(budget, engine, objective, config, at)) if place]
-        if not where:
+    for trial in range(1, _TRIALS + 1):
+        failed = _try_step(budget, engine, objective, config, at)
+        if not failed:
             return budget
         rows = max(budget.longest, int(_SHRINK * budget.rows))
-        if rows == budget.rows or ("backward" in where and not engine.survives_failed_backward):
+        if rows == budget.rows or trial == _TRIALS or ("backward" in failed and not engine.survives_failed_backward):
             break
         if processes.is_main:
             announce(f"out of memory at {budget.rows:,} rows a micro-batch; trying {rows:,}")
@@ -164,31 +164,37 @@ def _refuse(budget: Budget, rows: int) -> Budget:
     )
 
 
-def _out_of_memory(budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None]) -> str:
-    """Where memory does not suffice on this rank: "forward", "backward" or "" for nowhere."""
-    where = ""
-
-    def micro_batch(*, last: bool) -> None:
-        nonlocal where
-        where = "forward"
-        batch = largest_batch(budget.rows, budget.longest, config).to(engine.device)
-        with engine.micro_batch(last=last):
-            at("trial")
-            terms = objective.loss_terms(engine.model, batch)
-            where = "backward"
-            engine.backward(torch.stack([term.sum() for term in terms.values()]).sum())
-
+def _try_step(budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None]) -> set[str]:
+    """Where any rank ran out of memory: "forward", "backward", both or nowhere. Agreed after each micro-batch."""
     engine.model.train()
-    try:
-        micro_batch(last=False)
-        micro_batch(last=True)
-        where = ""
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-    if where != "backward" or engine.survives_failed_backward:
+    failed: set[str] = set()
+    for last in (False, True):
+        if not failed:
+            place = _out_of_memory(budget, engine, objective, config, at, last=last)
+            failed = set(engine.processes.gather(place)) - {""}
+    if "backward" not in failed or engine.survives_failed_backward:
         engine.discard()
     engine.model.eval()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-    return where
+    return failed
+
+
+def _out_of_memory(
+    budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None], *, last: bool
+) -> str:
+    """Where this rank runs out of memory in a micro-batch, "" for nowhere."""
+    place = "forward"
+    try:
+        batch = largest_batch(budget.rows, budget.longest, config).to(engine.device)
+        with engine.micro_batch(last=last):
+            at("trial forward")
+            terms = objective.loss_terms(engine.model, batch)
+            at("trial backward")
+            place = "backward"
+            engine.backward(torch.stack([term.sum() for term in terms.values()]).sum())
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        return place
+    return ""

@@ -352,10 +352,16 @@ class Estimate:
     def _standing(self) -> Parts:
         return standing(self.begin, self.layout, bf16=self.bf16, average=self.average)
 
+    @cached_property
+    def _measured(self) -> dict[tuple[int, bool], int]:
+        return {}
+
     def _micro_batch(self, rows: int, *, masked: bool) -> int:
-        return micro_batch_bytes(
-            self.begin.model, self.objective, rows, self.longest, self.layout, bf16=self.bf16, masked=masked
-        )
+        if (rows, masked) not in self._measured:
+            self._measured[rows, masked] = micro_batch_bytes(
+                self.begin.model, self.objective, rows, self.longest, self.layout, bf16=self.bf16, masked=masked
+            )
+        return self._measured[rows, masked]
 
     def largest(self, usable: int, most: int) -> int:
         """The largest budget that fits into `usable` bytes, within a hundredth of them; 0 if none does.
@@ -364,11 +370,12 @@ class Estimate:
             most: rows beyond which a larger budget is pointless; at least the longest document.
         """
         low, high = self.longest, most
-        at_low, at_high = self.total(low), self.total(high)
-        if at_low > usable:
-            return 0
+        at_high = self.total(high)
         if at_high <= usable:
             return high
+        at_low = self.total(low)
+        if at_low > usable:
+            return 0
         for _ in range(_SEARCH):
             # A peak is the largest of several sums that grow with the rows: convex, so the chord lies above it.
             rows = (low + (high - low) * (usable - at_low) // (at_high - at_low)) // _GRAIN * _GRAIN

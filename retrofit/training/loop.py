@@ -4,8 +4,8 @@ Order within a step: micro-batches forward and backward; loss, norm and signals 
 log; held-out loss; samples; checkpoint. So whatever a checkpoint holds is in the log already. Only a signal puts the
 checkpoint first: the measurements that are due then are made when the run goes on.
 
-Points of the probe: "trial", "start", "batch", "forward", "backward" (subject: the micro-batch), "agree", "update",
-"updated", "evaluate", "sample", "save", and those of `checkpoints.saving`.
+Points of the probe: "trial forward", "trial backward", "start", "batch", "forward", "backward" (subject: the
+micro-batch), "agree", "update", "updated", "evaluate", "sample", "save", and those of `checkpoints.saving`.
 """
 
 from __future__ import annotations
