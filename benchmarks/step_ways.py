@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
-from retrofit.flexmdm.packing import PackedSequences, PaddedBlock, cumulative_lengths
+from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths
 from retrofit.objective import FlexMDMObjective
 from retrofit.objective.interpolant import Corrupted
 from retrofit.objective.losses import insertion_sums
@@ -85,13 +86,14 @@ def padded(
     c = examples.corrupted
     rows, size = len(c.lengths), int(c.lengths.max()) + 1
     tokens = _widened(c.tokens, size, examples.slot)
-    batch = PackedSequences(tokens.flatten(), cumulative_lengths(torch.full((rows,), size)))
     masked = _widened(c.masked, size, False)
-    out = model(
-        packed=_attending(batch, torch.arange(size) <= c.lengths[:, None]),
-        timesteps=examples.t,
-        logit_rows=masked.flatten().nonzero().squeeze(-1),
-    )
+    plan = _Rectangle(torch.arange(size) <= c.lengths[:, None])
+    with patch("retrofit.flexmdm.llada.plan_attention", return_value=plan):
+        out = model(
+            packed=PackedSequences(tokens.flatten(), cumulative_lengths(torch.full((rows,), size))),
+            timesteps=examples.t,
+            logit_rows=masked.flatten().nonzero().squeeze(-1),
+        )
     losses = F.cross_entropy(out.logits.float(), c.targets[c.masked], reduction="none")
     hazard = objective.schedules.unmasking_hazard(examples.t).float()
     unmasking = torch.zeros(rows).index_add(0, masked.nonzero()[:, 0], losses) * hazard
@@ -153,18 +155,13 @@ def _insertion(gaps: Tensor, c: Corrupted, examples: FlexMDMExamples, objective:
     return insertion_sums(gaps, _widened(c.gaps, size, 0).flatten(), is_open.flatten(), sequence, hazard)
 
 
-class _Rectangle(PaddedBlock):
-    """Rows that lie in a rectangle already: nothing is moved, and padding is not attended."""
+class _Rectangle:
+    """A plan for rows that lie in a rectangle [B, L] already: nothing is moved, and padding is not attended."""
 
-    def pad(self, rows: Tensor) -> Tensor:
-        return rows.view(self.count, self.size, *rows.shape[1:])
+    def __init__(self, attended: Tensor) -> None:
+        self.attended = attended
 
-    def unpad(self, block: Tensor) -> Tensor:
-        return block.flatten(0, 1)
-
-
-def _attending(batch: PackedSequences, attended: Tensor) -> PackedSequences:
-    """The batch, whose rectangle is attended to where `attended` [B, size] says."""
-    rows, size = attended.shape
-    vars(batch)["block"] = _Rectangle(rows, size, torch.arange(rows * size), attended)
-    return batch
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(*self.attended.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.attended[:, None, None, :])
+        return out.transpose(1, 2).flatten(0, 1)

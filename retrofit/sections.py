@@ -43,6 +43,12 @@ def _no_token_but_commit(text: str) -> str:
     return _no_token(text) if holds_token(text, may_be_commit=True) else text
 
 
+def _checkpointing(value: Any) -> Any:
+    if isinstance(value, bool) or value == "selective" or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError(f"expected true, false, a number of blocks, or selective, found {value!r}")
+
+
 def _schedule(schedule: dict[str, Any]) -> dict[str, Any]:
     """Checks the form only; which types and parameters there are, `retrofit.flexmdm.schedules` knows."""
     if not isinstance(schedule.get("type"), str):
@@ -60,6 +66,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ProperFraction = Annotated[float, Field(ge=0, lt=1)]
+Checkpointing = Annotated[bool | int | Literal["selective"], BeforeValidator(_checkpointing), BeforeValidator(_whole)]
 Prompt = Annotated[str, AfterValidator(_no_token)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_token)]
 Revision = Annotated[str, Field(min_length=1), AfterValidator(_no_token_but_commit)]
@@ -135,6 +142,14 @@ class ObjectiveSection:
     """tokens; the loss is divided by documents times window, and an mdm pads its documents to it"""
     time_strata: PositiveInt | None = None
     """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
+    time_sampling: Literal["uniform", "importance"] | None = None
+    """density of t; importance has the same mean loss and less variance; null: importance, for an mdm uniform"""
+
+    def __post_init__(self) -> None:
+        if self.name == "mdm" and self.time_sampling == "importance":
+            raise ValueError("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
+        if self.time_sampling is None:  # recipes are recorded with what was done
+            object.__setattr__(self, "time_sampling", "importance" if self.name == "flexmdm" else "uniform")
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)
@@ -183,8 +198,14 @@ class TrainingSection:
     """optional, see per_device_train_batch_size: at least so many micro-batches; max_tokens_per_device may make more"""
     bf16: bool = False
     """compute in bfloat16 under autocast"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass to save memory"""
+    attention: Literal["auto", "padded", "varlen", "flash", "flex"] = "auto"
+    """how attention is computed: in a padded block, by torch's variable-length kernel, by the package flash-attn, or by
+    torch's flex attention; the last three need a GPU"""
+    gradient_checkpointing: Checkpointing = False
+    """blocks recomputed in the backward pass, to save memory: all (true), every n-th (n), or in all of them what is
+    cheap (selective)"""
+    compile: bool = False
+    """compile the blocks (torch.compile); the first step takes a minute or more"""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay per step of the averaged weights; null: none kept"""
     save_steps: PositiveInt
@@ -218,6 +239,8 @@ class TrainingSection:
                 f"save_every_keep: {self.save_every_keep} is no multiple of save_steps: {self.save_steps}, "
                 "so no checkpoint would be kept for it"
             )
+        if self.attention in ("varlen", "flash") and not self.bf16:
+            raise ValueError(f"attention: {self.attention} computes in half precision; set bf16: true, or choose auto")
         known = (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1)
         if self.documents_per_step % known:
             raise ValueError(f"{self._batch()} is no divisor of documents_per_step: {self.documents_per_step}")

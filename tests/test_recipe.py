@@ -280,6 +280,14 @@ def test_mdm_refuses_fields_that_only_a_flexmdm_has(problems):
     assert "objective.name: mdm has no use for model.alpha_end" in problem
 
 
+def test_importance_sampled_t_is_a_flexmdm_s_and_the_recipe_says_what_is_done(load, problems):
+    mdm = MINIMAL.replace("name: flexmdm", "name: mdm")
+    assert load(MINIMAL).objective.time_sampling == "importance" and load(mdm).objective.time_sampling == "uniform"
+    assert load(MINIMAL, "--objective.time_sampling", "uniform").objective.time_sampling == "uniform"
+    (problem,) = problems(mdm, "--objective.time_sampling", "importance")
+    assert problem.endswith("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
+
+
 def test_token_budget_must_hold_one_document(problems):
     (problem,) = problems(MINIMAL, "--training.max_tokens_per_device", "64")
     assert "cannot hold one document of objective.window: 64" in problem and "at least 65" in problem

@@ -202,6 +202,9 @@ class TokenStore:
             raise ValueError(f"{path / split}: the arrays disagree with manifest.json: run `retrofit preprocess` again")
         return cls(path, split, manifest, **arrays)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore.open, (self.path.absolute(), self.split)  # a pickled memmap would be all of its contents
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -214,11 +217,6 @@ class TokenStore:
         """SHA-256 of the split's three files, as the manifest has it."""
         return self.record.digest
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """[N] int64, tokens of each document."""
-        return np.diff(self.offsets)
-
     def verify(self) -> None:
         """Read the whole split and compare its digest. Raises ValueError where the contents have changed."""
         if (digest := split_digest(self.path / self.split)) != self.record.digest:
@@ -227,28 +225,49 @@ class TokenStore:
                 f"manifest.json says {self.record.digest[:12]}): copy the data directory again or prepare it again"
             )
 
+    def kept(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """Of the documents at `indices` only what the lengths of x_t depend on.
+
+        Returns:
+            bool [T], where a token is given, document after document; int64 [B], the documents' lengths.
+
+        Raises IndexError for an index outside 0..N-1.
+        """
+        chosen, starts, lengths = self._find(indices)
+        flags = np.asarray(self.flags)  # slices of a memmap cost ten times those of a plain array
+        pieces = [flags[s : s + n] for s, n in zip((starts + chosen).tolist(), lengths.tolist(), strict=True)]
+        joined = np.concatenate(pieces) if pieces else flags[:0]
+        return torch.from_numpy(joined & KEPT != 0), torch.from_numpy(lengths)
+
     def documents(self, indices: Sequence[int] | np.ndarray | Tensor) -> Documents:
         """The documents at `indices` (B of them, in this order, repeats allowed), right-padded.
 
         Raises IndexError for an index outside 0..N-1.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"document index outside 0..{len(self) - 1} in {self.path / self.split}")
-        starts, ends = self.offsets[chosen], self.offsets[chosen + 1]
-        lengths = ends - starts
+        chosen, starts, lengths = self._find(indices)
         longest = int(lengths.max(initial=0))
         tokens = np.zeros((len(chosen), longest), dtype=np.int64)
         flags = np.zeros((len(chosen), longest + 1), dtype=np.uint8)
-        for row, (index, start, length) in enumerate(zip(chosen, starts, lengths, strict=True)):
-            tokens[row, :length] = self.tokens[start : start + length]
-            flags[row, : length + 1] = self.flags[start + index : start + index + length + 1]
+        all_tokens, all_flags = np.asarray(self.tokens), np.asarray(self.flags)
+        places = zip(chosen.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        for row, (index, start, length) in enumerate(places):
+            tokens[row, :length] = all_tokens[start : start + length]
+            flags[row, : length + 1] = all_flags[start + index : start + index + length + 1]
         return Documents(
             tokens=torch.from_numpy(tokens),
-            lengths=torch.from_numpy(np.asarray(lengths, dtype=np.int64)),
+            lengths=torch.from_numpy(lengths),
             kept=torch.from_numpy(flags[:, :-1] & KEPT != 0),
             open_gaps=torch.from_numpy(flags & OPEN != 0),
         )
+
+    def _find(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The indices as an array, and where each document starts and how many tokens it has, all int64 [B]."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"document index outside 0..{len(self) - 1} in {self.path / self.split}")
+        offsets = np.asarray(self.offsets)
+        starts = offsets[chosen].astype(np.int64)
+        return chosen, starts, offsets[chosen + 1] - starts
 
     def check_fits(self, config: Any, *, window: int | None = None) -> None:
         """Refuse a store that was made for another model.

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .store import TokenStore
 
 # Keys of the draws that are not the objective's own.
 _ORDER, _STRATUM, _TIME = 11, 12, 13
+
+_COUNTED_AT_ONCE = 64
+"""Documents whose lengths are drawn together: so many stay within a core's cache."""
 
 
 # Up to so many documents an epoch's order is made as a whole, beyond it place by place: workers of a large store start
@@ -47,10 +51,10 @@ def document_order(ordinals: Tensor, size: int, seed: int) -> Tensor:
     return out
 
 
-def stratified_times(ordinals: Tensor, strata: int, seed: int) -> Tensor:
-    """float64 [B]: t of each draw, uniform on (0, 1).
+def stratified_uniforms(ordinals: Tensor, strata: int, seed: int) -> Tensor:
+    """float64 [B]: of each draw the u, uniform on (0, 1), of which the objective makes its t.
 
-    Each block of `strata` consecutive ordinals has one t in every interval of length 1 / strata, in permuted order, so
+    Each block of `strata` consecutive ordinals has one u in every interval of length 1 / strata, in permuted order, so
     that a step's loss varies less.
     """
     blocks, places = ordinals // strata, ordinals % strata
@@ -65,7 +69,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
     """Spreads documents over bins, longest first into the emptiest (greedy, within 4/3 of the best balance).
 
     Returns:
-        `bins` lists of indices into `lengths`, each in rising order; some may be empty.
+        `bins` lists of indices into `lengths`, the longest first (attention pads neighbours alike); some may be empty.
     """
     members: list[list[int]] = [[] for _ in range(bins)]
     emptiest = [(0, 0, b) for b in range(bins)]  # a heap of (load, documents, bin)
@@ -73,7 +77,7 @@ def balance(lengths: Sequence[int], bins: int) -> list[list[int]]:
         load, count, b = emptiest[0]
         heapq.heapreplace(emptiest, (load + lengths[index], count + 1, b))
         members[b].append(index)
-    return [sorted(rows) for rows in members]
+    return members
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,29 @@ class StepBatches:
     micro_batches: list[MicroBatch]
     rows: list[list[int]]
 
+    def pin_memory(self) -> StepBatches:
+        """The same in pinned memory, from which copies to a GPU need not wait."""
+        return StepBatches([batch.pin_memory() for batch in self.micro_batches], self.rows)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Of each draw its ordinal and its document in the store, int64 [B], and the u of its t, float64 [B]."""
+
+    ordinals: Tensor
+    documents: Tensor
+    u: Tensor
+
+    def __getitem__(self, rows: Tensor) -> _Draws:
+        return _Draws(self.ordinals[rows], self.documents[rows], self.u[rows])
+
 
 class StepStream(Dataset[StepBatches]):
     """`stream[step]` is this rank's part of a step.
 
     Args:
         documents_per_step: documents of a step over all ranks.
-        time_strata: block of ordinals over which t is stratified.
+        time_strata: block of ordinals over which u, and with it t, is stratified.
         max_tokens_per_device: most rows of a micro-batch, counted after deletion.
         micro_batches: least number of micro-batches of a step on each rank.
         max_steps: length of the stream.
@@ -132,18 +152,37 @@ class StepStream(Dataset[StepBatches]):
         """int64 [documents_per_step]: the draws of a step."""
         return torch.arange(step * self.documents_per_step, (step + 1) * self.documents_per_step)
 
+    def _draws(self, ordinals: Tensor) -> _Draws:
+        documents = document_order(ordinals, len(self.store), self.seed)
+        return _Draws(ordinals, documents, stratified_uniforms(ordinals, self.time_strata, self.seed))
+
     def examples(self, ordinals: Tensor) -> Examples:
         """The corrupted documents of these draws."""
-        documents = self.store.documents(document_order(ordinals, len(self.store), self.seed).tolist())
-        return self.objective.prepare(documents, ordinals, stratified_times(ordinals, self.time_strata, self.seed))
+        return self._examples(self._draws(ordinals))
+
+    def _examples(self, draws: _Draws) -> Examples:
+        return self.objective.prepare(self.store.documents(draws.documents), draws.ordinals, draws.u)
+
+    def _count_rows(self, draws: _Draws) -> list[int]:
+        """The lengths of `_examples(draws)`, cheaply."""
+        rows: list[int] = []
+        for part in torch.arange(len(draws.ordinals)).split(_COUNTED_AT_ONCE):
+            some = draws[part]
+            kept, lengths = self.store.kept(some.documents)
+            rows += self.objective.count_rows(kept, lengths, some.ordinals, some.u).tolist()
+        return rows
 
     def __getitem__(self, step: int) -> StepBatches:
-        examples = self.examples(self.ordinals(step))
-        lengths, size = examples.lengths.tolist(), self.world_size
+        # Every rank needs the lengths of all documents to find its own, and corrupts only those.
+        draws, size = self._draws(self.ordinals(step)), self.world_size
+        lengths = self._count_rows(draws)
         bins = self.cut(lengths)
         loads = [sum(lengths[i] for i in rows) for rows in bins]
+        own = bins[self.rank :: size]
+        examples = self._examples(draws[torch.tensor([i for rows in own for i in rows], dtype=torch.int64)])
+        ends = list(accumulate(map(len, own), initial=0))
         return StepBatches(
-            micro_batches=[examples.micro_batch(rows) for rows in bins[self.rank :: size]],
+            micro_batches=[examples.micro_batch(range(*places)) for places in pairwise(ends)],
             rows=[loads[first : first + size] for first in range(0, len(bins), size)],
         )
 

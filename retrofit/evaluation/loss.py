@@ -31,9 +31,10 @@ def score_loss(
 ) -> Score:
     """Mean loss of a document by term, in nats, with its standard error.
 
-    One t a document, stratified over all of them. The terms are those of training before its division by the window:
-    `unmasking` and for a FlexMDM `insertion`. A FlexMDM's sum bounds -log p from above, but loosely, and an MDM's
-    counts the end tokens of its canvas: the two must not be compared.
+    One t a document, uniform and stratified over all of them, however training drew its own. The terms are those of
+    training before its division by the window: `unmasking` and for a FlexMDM `insertion`. A FlexMDM's sum
+    bounds -log p from above, but loosely, and an MDM's counts the end tokens of its canvas: the two must not be
+    compared.
 
     Args:
         limit: measure only so many documents (drawn by the seed); None means all.

@@ -107,6 +107,10 @@ class LLaDAConfig(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=bos_token_id, **kwargs)
         self._validate()
 
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
     def _refuse_unsupported(self, flags: dict[str, Any]) -> None:
         general = {name for name in dir(PretrainedConfig()) if not name.startswith("_")}
         general |= {

@@ -11,20 +11,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .attention import attention
+from .attention import Plan, attention, choose_backend, plan_attention
 from .configuration import LLaDAConfig
 from .packing import PackedSequences, cumulative_lengths, lengths_from_mask
 
-Modulation = tuple[Tensor, Tensor]  # scale and shift, each [T, d]
+Modulation = tuple[Tensor, Tensor]  # gain and shift, each [T, d]
 
 
 class RMSNorm(nn.Module):
@@ -63,20 +64,28 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def modulate(x: Tensor, modulation: Modulation | None) -> Tensor:
-    """Adaptive layer norm: x (1 + scale) + shift (Peebles and Xie, arXiv 2212.09748)."""
+    """Adaptive layer norm: x gain + shift (Peebles and Xie, arXiv 2212.09748, where the gain is 1 + scale)."""
     if modulation is None:
         return x
-    scale, shift = modulation
+    gain, shift = modulation
     # The modulation may be float32 beside a bfloat16 backbone; the stream keeps the backbone's dtype.
-    return (x * (1 + scale) + shift).to(x.dtype)
+    return (x * gain + shift).to(x.dtype)
 
 
 class LLaDABlock(nn.Module):
-    """Pre-norm attention and gated MLP, without biases."""
+    """Pre-norm attention and gated MLP, without biases.
+
+    Attributes:
+        gradient_checkpointing: whether the block is recomputed in the backward pass.
+        compiled: `LLaDABlock.run`, compiled for all blocks, or None.
+    """
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
-        self.head_size = config.d_model // config.n_heads
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
+        self.compiled: Callable[..., Tensor] | None = None
+        self.head_size = config.head_size
         kv_size = config.n_kv_heads * self.head_size
         self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -89,25 +98,63 @@ class LLaDABlock(nn.Module):
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, packed: PackedSequences, rotary: tuple[Tensor, Tensor], modulation: Modulation | None
+        self, x: Tensor, plan: Plan | None, rotary: tuple[Tensor, Tensor], modulation: Modulation | None
     ) -> Tensor:
         """[T, d] -> [T, d]."""
+        # Of no rows, or one, the compiler would make graphs of their own.
+        run = LLaDABlock.run if self.compiled is None or x.shape[0] < 2 else self.compiled
+        return run(self, x, plan, rotary, modulation)
+
+    def run(self, *inputs: Any) -> Tensor:
+        """`compute`, recomputed in the backward pass where that is asked for: this is what is compiled."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return cast(Tensor, self._gradient_checkpointing_func(self.compute, *inputs))
+        return self.compute(*inputs)
+
+    def compute(
+        self, x: Tensor, plan: Plan | None, rotary: tuple[Tensor, Tensor], modulation: Modulation | None
+    ) -> Tensor:
+        """See `forward`."""
         h = modulate(self.attn_norm(x), modulation)
         q, k, v = (proj(h).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = attention(rotate(q, rotary), rotate(k, rotary), v, packed)
+        mixed = attention(rotate(q, rotary), rotate(k, rotary), v, plan)
         x = x + self.attn_out(mixed.flatten(1))
         h = modulate(self.ff_norm(x), modulation)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
 
+_KEPT_ATTENTION = (
+    "aten._scaled_dot_product",
+    "torch_attn._varlen_attn",
+    "flash_attn._flash_attn_varlen_forward",
+    "flex_attention",
+)
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing: keep the results of attention, and of matrix products that are dear for their size.
+
+    A product of few terms, as LoRA's second factor, costs less to compute again than its result takes to keep.
+    """
+    name = str(op)
+    if name.startswith("aten.mm."):
+        terms, width = args[1].shape
+        return CheckpointPolicy.MUST_SAVE if 8 * terms >= width else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = name.startswith(_KEPT_ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class LLaDAModel(nn.Module):
-    """The backbone: embedding, blocks, final norm, and the LM head unless it is tied to the embedding."""
+    """The backbone: embedding, blocks, final norm, and the LM head unless it is tied to the embedding.
+
+    Attributes:
+        attention: the back-end, "auto" or one of `attention.BACKENDS` (see `choose_backend`).
+    """
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
+        self.attention = "auto"
         modules: dict[str, nn.Module] = {
             "wte": nn.Embedding(config.vocab_size, config.d_model),
             "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
@@ -125,7 +172,7 @@ class LLaDAModel(nn.Module):
         Args:
             packed: T rows.
             added: [T, d] added to the token embeddings, or None.
-            modulations: one (scale, shift) for each block, or None.
+            modulations: one (gain, shift) for each block, or None. Blocks that share one keep it for backward once.
 
         Returns:
             [T, d].
@@ -133,14 +180,24 @@ class LLaDAModel(nn.Module):
         x = self.transformer["wte"](packed.tokens)
         if added is not None:
             x = x + added.to(x.dtype)
-        rotary = rotary_angles(packed.positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        for i, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
-            modulation = None if modulations is None else modulations[i]
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, packed, rotary, modulation)
-            else:
-                x = block(x, packed, rotary, modulation)
+        plan = self._plan(packed, x)
+        rotary = rotary_angles(packed.positions, self.config.head_size, self.config.rope_theta)
+        for i, block in enumerate(self.blocks):
+            x = block(x, plan, rotary, None if modulations is None else modulations[i])
         return self.transformer["ln_f"](x)
+
+    @property
+    def blocks(self) -> list[LLaDABlock]:
+        return list(cast(Iterable[LLaDABlock], self.transformer["blocks"]))
+
+    def _plan(self, packed: PackedSequences, x: Tensor) -> Plan | None:
+        """How this batch attends, with the dtype that the blocks will compute in."""
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        backend = choose_backend(self.attention, x.device, dtype, self.config.head_size)
+        compiled = self.blocks[0].compiled is not None
+        return plan_attention(packed, backend, bound=self.config.max_sequence_length if compiled else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head: [M, d] -> [M, V]."""
@@ -182,14 +239,51 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.config.weight_tying else self.model.transformer["ff_out"]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each block in the backward pass (non-reentrant: a frozen embedding's output has no gradient)."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.model.gradient_checkpointing = True
-        self.model._gradient_checkpointing_func = lambda *args: checkpoint(*args, **kwargs)
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        selective: bool = False,
+        offload: bool = False,
+    ) -> None:
+        """Recomputes blocks in the backward pass, instead of keeping what they computed.
+
+        Non-reentrant by default, since a frozen embedding's output has no gradient. transformers' other name for this,
+        `activation_checkpointing_enable`, calls it too.
+
+        Args:
+            gradient_checkpointing_kwargs: of torch.utils.checkpoint.checkpoint.
+            every_n_layers: blocks 0, n, 2 n, ... are recomputed.
+            selective: the results of matrix products and of attention are kept; what is cheap is recomputed.
+            offload: not supported (ValueError).
+        """
+        if offload:
+            raise ValueError("gradient checkpointing: offload is not supported; leave it out")
+        kwargs: dict[str, Any] = {"use_reentrant": False}
+        if selective:
+            kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        kwargs |= gradient_checkpointing_kwargs or {}
+        for i, block in enumerate(self.model.blocks):
+            block.gradient_checkpointing = i % every_n_layers == 0
+            block._gradient_checkpointing_func = partial(checkpoint, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = False
+        for block in self.model.blocks:
+            block.gradient_checkpointing = False
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles the blocks, all by the same graphs, for batches of any shape (`torch.compile`).
+
+        Modules, their names and their hooks stay as they are, so an engine may wrap them afterwards.
+        """
+        # A block is small beside DDP's buckets, and DDP's own splitting refuses gradient checkpointing in a graph.
+        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.specialize_float = True  # norms' epsilon, LoRA's scale
+        torch.fx.experimental._config.use_duck_shape = False  # that rows are as many as a width means nothing
+        compiled = torch.compile(LLaDABlock.run, backend=backend, dynamic=True)
+        for block in self.model.blocks:
+            block.compiled = compiled
 
     @classmethod
     def _load_strictly(

@@ -208,7 +208,8 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         alpha = self.schedules.alpha(timesteps)
         time = alpha if config.time_input == "alpha" else timesteps
         groups = [
-            (scale[sequence], shift[sequence]) for scale, shift in self.time_conditioning(config.time_scale * time)
+            ((1 + scale)[sequence], shift[sequence])
+            for scale, shift in self.time_conditioning(config.time_scale * time)
         ]
         modulations = [groups[i // config.time_group_size] for i in range(config.n_layers)]
         hidden = self.model(packed, added=self._embed_flags(packed), modulations=modulations)
@@ -259,7 +260,7 @@ def add_slots(
     rows = tokens.shape[0]
     padded = F.pad(tokens, (0, 1)).scatter(1, lengths[:, None], slot)
     occupied = torch.arange(padded.shape[1], device=tokens.device) <= lengths[:, None]
-    flags: dict[str, Tensor] = {}
+    flags: dict[str, Any] = {}
     if kept is not None or open_gaps is not None:
         kept = torch.zeros_like(tokens, dtype=torch.bool) if kept is None else kept.bool()
         end = torch.zeros(rows, 1, dtype=torch.bool, device=tokens.device)

@@ -9,10 +9,12 @@ int64 arithmetic, so that it is the same on every device.
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+_ALL_ONES = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _FEISTEL_ROUNDS = 6
@@ -20,34 +22,47 @@ _FEISTEL_ROUNDS = 6
 
 def _signed(value: int) -> int:
     """The int64 with the same bits as `value` modulo 2^64."""
-    value &= (1 << 64) - 1
+    value &= _ALL_ONES
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's own is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
-    return x ^ _shift_right(x, 31)
+    """The finaliser, in place: `x` must be nobody else's."""
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MULTIPLIERS[0]))
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MULTIPLIERS[1]))
+    return x.bitwise_xor_(_shift_right(x, 31))
+
+
+def _mix_number(x: int) -> int:
+    """`_mix` of a number below 2^64: keys begin with a few, and torch is slow where there is one element."""
+    x = (x ^ x >> 30) * _MULTIPLIERS[0] & _ALL_ONES
+    x = (x ^ x >> 27) * _MULTIPLIERS[1] & _ALL_ONES
+    return x ^ x >> 31
+
+
+def _absorb(bits: Tensor, counter: int | Tensor) -> Tensor:
+    """The random bits after one more counter."""
+    if not isinstance(counter, Tensor):
+        return _mix(bits ^ _signed(counter * _WEYL + _MULTIPLIERS[0]))
+    return _mix((counter * _signed(_WEYL)).add_(_signed(_MULTIPLIERS[0])) ^ bits)
 
 
 def _keyed_bits(seed: int, *counters: int | Tensor) -> Tensor:
     """64 random bits, int64, for each element of the broadcast counters."""
-    device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
-    state = _mix(torch.tensor(_signed(seed * _WEYL + _WEYL), device=device))
-    for counter in counters:
-        if not isinstance(counter, Tensor):
-            counter = torch.tensor(_signed(counter), device=device)
-        state = _absorb(state, counter)
-    return state
+    number, left = _mix_number((seed * _WEYL + _WEYL) & _ALL_ONES), list(counters)
+    while left and not isinstance(left[0], Tensor):
+        number = _mix_number(number ^ (int(left.pop(0)) * _WEYL + _MULTIPLIERS[0]) & _ALL_ONES)
+    return reduce(_absorb, left, torch.tensor(_signed(number)))
 
 
-def _absorb(state: Tensor, counter: Tensor) -> Tensor:
-    return _mix(state ^ (counter * _signed(_WEYL) + _signed(_MULTIPLIERS[0])))
+def _uniform(bits: Tensor) -> Tensor:
+    # 52 bits: with 53, the half added to the largest would round up to 1.
+    return _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
@@ -63,8 +78,24 @@ def keyed_uniform(seed: int, *counters: int | Tensor) -> Tensor:
     Example:
         keyed_uniform(0, ordinals[:, None], torch.arange(length))  # [B, length]
     """
-    # 52 bits: with 53, the half added to the largest would round up to 1.
-    return (_shift_right(_keyed_bits(seed, *counters), 12).double() + 0.5) * 2.0**-52
+    return _uniform(_keyed_bits(seed, *counters))
+
+
+def ragged_uniform(lengths: Tensor, seed: int, *counters: int | Tensor) -> Tensor:
+    """`keyed_uniform(seed, *counters[:, None], torch.arange(L))` at the positions below `lengths`, row after row.
+
+    Args:
+        lengths: int64 [B]; T is their sum.
+        counters: integers or int64 tensors [B], a tensor at least one of them.
+
+    Returns:
+        float64 [T].
+    """
+    size = int(lengths.sum())
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=size)
+    positions = torch.arange(size, device=lengths.device).sub_(starts)
+    bits = _keyed_bits(seed, *counters).repeat_interleave(lengths, output_size=size)
+    return _uniform(_absorb(bits, positions))
 
 
 def keyed_permutation(size: int, seed: int, *counters: int) -> Tensor:

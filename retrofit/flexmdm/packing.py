@@ -1,13 +1,14 @@
 """A ragged batch without padding: one row of tokens and where each sequence begins.
 
-Shape legend: T tokens in all, B sequences, L longest sequence.
+Shape legend: T tokens in all, B sequences, L padded length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,12 +26,19 @@ class PackedSequences:
         cu_seqlens: int32 [B + 1]; sequence b occupies rows cu_seqlens[b] to cu_seqlens[b + 1].
         kept: bool [T], tokens that are given, or None where the model is not told.
         closed: bool [T], whether the gap before the row is closed, or None.
+        host_lengths: rows of each sequence as plain numbers, from which a forward is planned without asking the device.
+            Where they are not given they are read from cu_seqlens, for which the host waits if that is on a GPU.
     """
 
     tokens: Tensor
     cu_seqlens: Tensor
     kept: Tensor | None = None
     closed: Tensor | None = None
+    host_lengths: tuple[int, ...] = cast(tuple[int, ...], None)
+
+    def __post_init__(self) -> None:
+        if self.host_lengths is None:
+            object.__setattr__(self, "host_lengths", tuple(self.cu_seqlens.diff().tolist()))
 
     @property
     def num_sequences(self) -> int:
@@ -59,47 +67,25 @@ class PackedSequences:
         return self.cu_seqlens[1:].long() - 1
 
     @cached_property
-    def block(self) -> PaddedBlock:
-        """Where each row lies in a padded block of the sequences that are not empty."""
-        occupied = self.lengths > 0
-        lengths = self.lengths[occupied]
-        size = int(lengths.max()) if lengths.numel() else 0
-        index = (occupied.cumsum(0) - 1)[self.sequence_ids] * size + self.positions
-        ragged = bool((lengths != size).any())
-        mask = torch.arange(size, device=lengths.device) < lengths[:, None] if ragged else None
-        return PaddedBlock(lengths.numel(), size, index, mask)
+    def without_empty(self) -> PackedSequences:
+        """The same rows as sequences that all have some."""
+        if 0 not in self.host_lengths:
+            return self
+        lengths = tuple(length for length in self.host_lengths if length)
+        cu_seqlens = cumulative_lengths(torch.tensor(lengths, dtype=torch.int64)).to(self.cu_seqlens.device)
+        return replace(self, cu_seqlens=cu_seqlens, host_lengths=lengths)
 
-    def to(self, device: torch.device | str) -> PackedSequences:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedSequences:
         """The same batch on another device."""
-        kept, closed = (None if x is None else x.to(device) for x in (self.kept, self.closed))
-        return PackedSequences(self.tokens.to(device), self.cu_seqlens.to(device), kept, closed)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> PackedSequences:
+        """The same batch in pinned memory, from which copies to a GPU need not wait."""
+        return self._each(Tensor.pin_memory)
 
-@dataclass(frozen=True)
-class PaddedBlock:
-    """The layout of packed rows in a block [count, size].
-
-    Attributes:
-        index: int64 [T], row -> flat position in the block.
-        mask: bool [count, size], True at rows, or None if nothing is padded.
-    """
-
-    count: int
-    size: int
-    index: Tensor
-    mask: Tensor | None
-
-    def pad(self, rows: Tensor) -> Tensor:
-        """[T, ...] -> [count, size, ...] with zeros at the padding."""
-        if self.mask is None:
-            return rows.view(self.count, self.size, *rows.shape[1:])
-        block = rows.new_zeros(self.count * self.size, *rows.shape[1:])
-        return block.index_copy(0, self.index, rows).view(self.count, self.size, *rows.shape[1:])
-
-    def unpad(self, block: Tensor) -> Tensor:
-        """[count, size, ...] -> [T, ...], the inverse of `pad`."""
-        flat = block.flatten(0, 1)
-        return flat if self.mask is None else flat.index_select(0, self.index)
+    def _each(self, do: Callable[[Tensor], Tensor]) -> PackedSequences:
+        kept, closed = (None if x is None else do(x) for x in (self.kept, self.closed))
+        return replace(self, tokens=do(self.tokens), cu_seqlens=do(self.cu_seqlens), kept=kept, closed=closed)
 
 
 def cumulative_lengths(lengths: Tensor) -> Tensor:

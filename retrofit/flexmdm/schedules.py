@@ -202,6 +202,10 @@ class Schedules:
         """beta' / (1 - beta), float64, finite at t = 1."""
         return self.unmasking.hazard(t)
 
+    def insertion_times(self, u1: Tensor) -> Tensor:
+        """Insertion times of tokens from uniforms, float64: their distribution function is alpha. inf means never."""
+        return torch.where(u1 < self.alpha_end, self.insertion.inverse(u1), math.inf)
+
     def hitting_times(self, u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
         """Insertion and unmasking times of tokens from two uniforms (section 2 of the mathematics).
 
@@ -210,7 +214,7 @@ class Schedules:
         Returns:
             (T1, T2), float64, of the shape of u1.
         """
-        t1 = torch.where(u1 < self.alpha_end, self.insertion.inverse(u1), math.inf)
+        t1 = self.insertion_times(u1)
         return t1, self.unmasking.truncated_inverse(u2, t1)
 
     def insertion_fraction(self, t0: Tensor, t1: Tensor) -> Tensor:

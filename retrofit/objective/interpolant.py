@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrofit.flexmdm.noise import keyed_uniform
+from retrofit.flexmdm.noise import keyed_uniform, ragged_uniform
 from retrofit.flexmdm.schedules import Schedules
 
 IGNORED_TARGET = -100
@@ -125,3 +125,22 @@ def corrupt(
         kept=gather_survivors(kept, False),
         open_gaps=zeros.scatter_add(1, before, open_x1.long()) > 0,
     )
+
+
+def count_survivors(
+    kept: Tensor, lengths: Tensor, t: Tensor, *, schedules: Schedules, key: tuple[int, Tensor]
+) -> Tensor:
+    """The lengths of x_t that `corrupt` would draw, from a fraction of its work: no token is looked at.
+
+    Args:
+        kept: bool [T], the sequences' flags laid end to end. lengths: int64 [B], their sum is T.
+        t, key: as for `corrupt`.
+
+    Returns:
+        int64 [B].
+    """
+    seed, ordinals = key
+    times = schedules.insertion_times(ragged_uniform(lengths, seed, _INSERTION_NOISE, ordinals))
+    survives = (times <= t.repeat_interleave(lengths, output_size=kept.numel())) | kept
+    ends = lengths.cumsum(0)
+    return F.pad(survives.cumsum(0), (1, 0))[torch.stack((ends - lengths, ends))].diff(dim=0).squeeze(0)

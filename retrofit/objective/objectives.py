@@ -5,7 +5,7 @@ Shape legend: B documents, T packed rows, M masked rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,8 +18,9 @@ from retrofit.flexmdm.modeling import add_slots
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths
 
-from .interpolant import Corrupted, corrupt
+from .interpolant import Corrupted, corrupt, count_survivors
 from .losses import insertion_sums, unmasking_sums
+from .times import UNIFORM, TimeDensity
 
 _MASKING_NOISE = 3
 
@@ -43,7 +44,8 @@ class MicroBatch:
 
     Attributes:
         packed: the corrupted sequences.
-        timesteps: float64 [B]. ordinals: int64 [B], the global ordinals of the draws.
+        timesteps: float64 [B]. weights: float64 [B], 1 over the density of t there, a factor of both terms.
+        ordinals: int64 [B], the global ordinals of the draws.
         mask_rows: int64 [M], rows that are masked; targets: int64 [M], their clean tokens.
         gaps: int64 [T], deleted tokens before each row, or None for an MDM.
         open_gaps: bool [T], gaps that enter the loss, or None for an MDM.
@@ -51,6 +53,7 @@ class MicroBatch:
 
     packed: PackedSequences
     timesteps: Tensor
+    weights: Tensor
     ordinals: Tensor
     mask_rows: Tensor
     targets: Tensor
@@ -63,9 +66,16 @@ class MicroBatch:
         return self.packed.tokens.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
+        """The same micro-batch on another device. A copy from pinned memory to a GPU does not wait."""
+        non_blocking = torch.device(device).type != "cpu"
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, do: Callable[[Any], Any]) -> MicroBatch:
+        return replace(self, **{name: do(value) for name, value in vars(self).items() if value is not None})
 
 
 class Examples(Protocol):
@@ -82,11 +92,17 @@ class Examples(Protocol):
 class Objective(Protocol):
     """What training needs to know of an objective."""
 
-    def prepare(self, documents: Documents, ordinals: Tensor, t: Tensor) -> Examples:
-        """Corrupts documents: ordinals int64 [B] key the noise, t is float64 [B]."""
+    def prepare(self, documents: Documents, ordinals: Tensor, u: Tensor) -> Examples:
+        """Corrupts documents: ordinals int64 [B] key the noise; u, float64 [B] in (0, 1), becomes t."""
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """int64 [B]: `prepare(...).lengths`, cheaply. kept: bool [T], the documents' flags laid end to end."""
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
-        """Terms of the loss, each float32 [B], sums over positions. `model` may be wrapped by an engine."""
+        """Terms of the loss, each float32 [B], sums over positions, whose mean over t is that of uniform t.
+
+        `model` may be wrapped by an engine.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,7 @@ class FlexMDMExamples:
     corrupted: Corrupted
     ordinals: Tensor
     t: Tensor
+    weights: Tensor
     slot: int
 
     @property
@@ -108,6 +125,7 @@ class FlexMDMExamples:
         return MicroBatch(
             packed=packed,
             timesteps=self.t[index],
+            weights=self.weights[index],
             ordinals=self.ordinals[index],
             mask_rows=F.pad(c.masked, (0, 1))[occupied].nonzero().squeeze(-1),
             targets=c.targets[c.masked],
@@ -119,13 +137,15 @@ class FlexMDMExamples:
 class FlexMDMObjective:
     """Any-order, variable-length masked diffusion (arXiv 2509.01025)."""
 
-    def __init__(self, config: FlexMDMConfig, seed: int):
+    def __init__(self, config: FlexMDMConfig, seed: int, times: TimeDensity = UNIFORM):
         self.config = config
         self.schedules = config.schedules
         self.seed = seed
+        self.times = times
 
-    def prepare(self, documents: Documents, ordinals: Tensor, t: Tensor) -> FlexMDMExamples:
+    def prepare(self, documents: Documents, ordinals: Tensor, u: Tensor) -> FlexMDMExamples:
         """See `Objective.prepare`."""
+        t, weights = self.times.draw(u)
         corrupted = corrupt(
             documents.tokens,
             documents.lengths,
@@ -137,21 +157,21 @@ class FlexMDMObjective:
             pad_token_id=self.config.pad_token_id,
             key=(self.seed, ordinals),
         )
-        return FlexMDMExamples(corrupted, ordinals, t, self.config.pad_token_id)
+        return FlexMDMExamples(corrupted, ordinals, t, weights, self.config.pad_token_id)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """See `Objective.count_rows`."""
+        t, _ = self.times.draw(u)
+        return count_survivors(kept, lengths, t, schedules=self.schedules, key=(self.seed, ordinals)) + 1
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking` and `insertion`, float32 [B]."""
         assert batch.gaps is not None and batch.open_gaps is not None
         out = model(packed=batch.packed, timesteps=batch.timesteps, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids
-        unmasking = unmasking_sums(
-            out.logits,
-            batch.targets,
-            sequence[batch.mask_rows],
-            self.schedules.unmasking_hazard(batch.timesteps),
-            consume_logits=True,
-        )
-        hazard = self.schedules.insertion_hazard(batch.timesteps)
+        hazard = self.schedules.unmasking_hazard(batch.timesteps) * batch.weights
+        unmasking = unmasking_sums(out.logits, batch.targets, sequence[batch.mask_rows], hazard, consume_logits=True)
+        hazard = self.schedules.insertion_hazard(batch.timesteps) * batch.weights
         insertion = insertion_sums(out.expected_gaps, batch.gaps, batch.open_gaps, sequence, hazard)
         return {"unmasking": unmasking, "insertion": insertion}
 
@@ -163,6 +183,7 @@ class MDMExamples:
     targets: Tensor
     ordinals: Tensor
     t: Tensor
+    weights: Tensor
 
     @property
     def lengths(self) -> Tensor:
@@ -174,6 +195,7 @@ class MDMExamples:
         return MicroBatch(
             packed=PackedSequences(self.tokens[index].flatten(), cumulative_lengths(self.lengths[index])),
             timesteps=self.t[index],
+            weights=self.weights[index],
             ordinals=self.ordinals[index],
             mask_rows=masked.flatten().nonzero().squeeze(-1),
             targets=self.targets[index][masked],
@@ -197,7 +219,7 @@ class MDMObjective:
         """float64 [B]: probability that a token is masked at t."""
         return (1 - self.min_mask_probability) * t.double() + self.min_mask_probability
 
-    def prepare(self, documents: Documents, ordinals: Tensor, t: Tensor) -> MDMExamples:
+    def prepare(self, documents: Documents, ordinals: Tensor, u: Tensor) -> MDMExamples:
         """See `Objective.prepare`.
 
         Raises:
@@ -210,20 +232,18 @@ class MDMObjective:
         tokens = F.pad(documents.tokens, (0, max(0, self.window - documents.tokens.shape[1])))[:, : self.window]
         clean = torch.where(position < documents.lengths[:, None], tokens, self.config.eos_token_id)
         kept = F.pad(documents.kept, (0, max(0, self.window - documents.kept.shape[1])))[:, : self.window]
+        t, weights = UNIFORM.draw(u)  # LLaDA's own
         draws = keyed_uniform(self.seed, _MASKING_NOISE, ordinals[:, None], position)
         masked = (draws < self.mask_probability(t)[:, None]) & ~kept
-        return MDMExamples(torch.where(masked, self.config.mask_token_id, clean), masked, clean, ordinals, t)
+        return MDMExamples(torch.where(masked, self.config.mask_token_id, clean), masked, clean, ordinals, t, weights)
+
+    def count_rows(self, kept: Tensor, lengths: Tensor, ordinals: Tensor, u: Tensor) -> Tensor:
+        """See `Objective.count_rows`: the window, whatever the document."""
+        return torch.full_like(lengths, self.window)
 
     def loss_terms(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """`unmasking`, float32 [B]."""
         out = model(packed=batch.packed, logit_rows=batch.mask_rows)
         sequence = batch.packed.sequence_ids[batch.mask_rows]
-        return {
-            "unmasking": unmasking_sums(
-                out.logits,
-                batch.targets,
-                sequence,
-                1 / self.mask_probability(batch.timesteps),
-                consume_logits=True,
-            )
-        }
+        weights = batch.weights / self.mask_probability(batch.timesteps)
+        return {"unmasking": unmasking_sums(out.logits, batch.targets, sequence, weights, consume_logits=True)}

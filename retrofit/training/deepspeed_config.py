@@ -110,6 +110,12 @@ def resolve(config: Mapping[str, Any], source: str, recipe: Recipe, world_size: 
             "zero_optimization.stage",
             f"is {json.dumps(stage)}; use 1, 2 or 3, or launch/accelerate/ddp.yaml for training without ZeRO",
         )
+    if stage == 3 and section.compile:
+        refuse(
+            "zero_optimization.stage",
+            "3 gathers weights by hooks inside the blocks, which training.compile: true cannot compile; "
+            "use FSDP2 (launch/accelerate/fsdp2.yaml), or set training.compile: false",
+        )
     for name in _OFFLOADING:
         part = zero.get(name)
         if (part.get("device", "none") if isinstance(part, Mapping) else part) not in (None, "none", False):

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from retrofit.checkpoints import checkpoint
@@ -31,12 +30,14 @@ from retrofit.data.stream import StepBatches, StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
+from retrofit.objective.times import UNIFORM, importance_density
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
 
 from .budget import Budget, choose_budget, try_budget
 from .engines import make_engine
 from .engines.base import Engine
+from .feeding import feed, naming_the_lost
 from .guard import (
     EXIT_HANGING,
     NotFinite,
@@ -44,7 +45,6 @@ from .guard import (
     SignalGuard,
     announce,
     describe_divergence,
-    ignore_signals,
 )
 from .keeper import Keeper, NotFiniteError
 from .log import Progress, Tracker, describe_loss, open_trackers
@@ -113,6 +113,7 @@ def train(
             announce(text)
             outcome.write(EXIT_HANGING, text, step)
 
+        stack.enter_context(naming_the_lost(outcome))
         watch = stack.enter_context(
             Watch(
                 launch_store(name, processes.world_size),
@@ -136,6 +137,7 @@ def train(
         held_out, tokenizer = processes.together(lambda: open_extras(recipe, begin))
         if opened.resumed is None:
             begin.parent = processes.on_main(begin.name_parent)
+        processes.together(lambda: begin.choose_attention(recipe, processes.device))
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
         record = checkpoint.read_record(opened.resumed) if opened.resumed is not None else None
@@ -263,15 +265,18 @@ class Trainer:
 
     def _empty_loss(self) -> Tensor:
         """The loss of a micro-batch without documents: 0, by way of every trainable weight."""
-        nothing = self.stream.examples(self.stream.ordinals(0)).micro_batch([]).to(self.engine.device)
+        nothing = self.stream.examples(self.stream.ordinals(0)[:0]).micro_batch([]).to(self.engine.device)
         return torch.stack(
             [term.sum() for term in self.objective.loss_terms(self.engine.model, nothing).values()]
         ).sum()
 
     def _held_out(self, store: TokenStore) -> list[MicroBatch]:
-        """The held-out documents with their fixed noise, cut up as one step of a stream of their own."""
+        """The held-out documents with their fixed noise, cut up as one step of a stream of their own.
+
+        Their t is uniform whatever `objective.time_sampling` says, so that runs can be compared.
+        """
         count = self.held_out_documents = min(self.recipe.training.eval_documents, len(store))
-        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED)
+        objective = build_objective(self.recipe, self.begin.model.config, HELD_OUT_SEED, uniform_time=True)
         stream = self._stream(
             store, objective, seed=HELD_OUT_SEED, documents_per_step=count, time_strata=count, max_steps=1
         )
@@ -311,16 +316,8 @@ class Trainer:
         """(step, counted from 0, this rank's part of it) of the steps that are left, without those to be skipped."""
         section = self.recipe.training
         steps = [step for step in range(self.step, section.max_steps) if step + 1 not in section.skip_steps]
-        loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            sampler=steps,
-            num_workers=self.recipe.data.num_workers,
-            collate_fn=_identity,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator
-        )
-        batches = iter(loader)
+        pin = self.engine.device.type == "cuda"
+        batches = feed(self.stream, steps, workers=self.recipe.data.num_workers, pin=pin)
         for step in steps:
             began = time.monotonic()
             batch = next(batches)
@@ -621,13 +618,10 @@ class Trainer:
             self.progress.close()
 
 
-def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int) -> Objective:
-    """The recipe's objective for a model's configuration."""
+def build_objective(recipe: Recipe, config: LLaDAConfig, seed: int, *, uniform_time: bool = False) -> Objective:
+    """The recipe's objective for a model's configuration, or with uniform t, for losses that are to be compared."""
     if recipe.objective.name == "mdm":
         return MDMObjective(config, seed, recipe.objective.window)
     assert isinstance(config, FlexMDMConfig)
-    return FlexMDMObjective(config, seed)
-
-
-def _identity(batches: Any) -> Any:
-    return batches
+    uniform = uniform_time or recipe.objective.time_sampling == "uniform"
+    return FlexMDMObjective(config, seed, UNIFORM if uniform else importance_density(config.schedules))

@@ -281,6 +281,7 @@ def open_extras(recipe: Recipe, begin: Start) -> tuple[TokenStore | None, PreTra
 def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, opened: Opened) -> None:
     """Writes what stands in a run before its first step, and sets aside what will be done again."""
     announce(begin.describe())
+    announce(f"attention: {begin.attention} (training.attention: {recipe.training.attention})")
     resumed = opened.resumed
     step = 0 if resumed is None else checkpoint.read_record(resumed)["step"]
     for later in checkpoint.steps_present(run.checkpoints):
@@ -293,7 +294,7 @@ def write_preamble(recipe: Recipe, run: RunDirectory, begin: Start, opened: Open
     dump_recipe(recipe, temporary)
     temporary.replace(run.path / "recipe.yaml")  # first: from here on the directory is known to be a run
     name = "environment.json" if resumed is None else f"environment-{checkpoint.step_name(step)}.json"
-    checkpoint.write_text(run.path / name, json.dumps(environment(), indent=2) + "\n")
+    checkpoint.write_text(run.path / name, json.dumps({**environment(), "attention": begin.attention}, indent=2) + "\n")
     for field_name, (was, now) in opened.overridden.items():
         run.append({"step": step, "kind": "override", "field": field_name, "was": was, "is": now})
     if resumed is None:

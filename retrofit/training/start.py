@@ -32,6 +32,7 @@ from retrofit.checkpoints.weights import (
 )
 from retrofit.data.store import TokenStore
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
+from retrofit.flexmdm.attention import choose_backend, obstacle
 from retrofit.flexmdm.modeling import retrofitted
 from retrofit.flexmdm.schedules import schedule_from_dict
 from retrofit.sections import FLEXMDM_FIELDS, Recipe, default_of
@@ -59,6 +60,7 @@ class Start:
         source: what the weights are read from.
         parent: name, kind and digest of what the run started from (see `name_parent`).
         base_digest: of the frozen weights under an adapter (see `digest_base`).
+        attention: the back-end (see `choose_attention`).
     """
 
     model: Any
@@ -71,6 +73,7 @@ class Start:
     parent: dict[str, str] = field(default_factory=dict)
     base_digest: str | None = None
     merged_base: Weights | None = None
+    attention: str = "auto"
     trainable: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +146,18 @@ class Start:
             checkpoint.write_directory(Path(self.base[0]), write)
             self.merged_base = None
 
+    def choose_attention(self, recipe: Recipe, device: torch.device) -> None:
+        """Settles which back-end `training.attention` stands for on a device.
+
+        Raises:
+            ValueError: the one that was asked for cannot compute there.
+        """
+        asked = recipe.training.attention
+        try:
+            self.attention = choose_backend(asked, device, _dtype(recipe), self.model.config.head_size)
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from None
+
     def describe(self) -> str:
         """One line: class, trainable and total parameters."""
         # Not counted on the model: an engine may have cut its parameters up.
@@ -207,6 +222,7 @@ def checks(
     of_model = {
         "objective": lambda: _check_objective(recipe, config),
         "window": lambda: _check_window(recipe, config),
+        "attention": lambda: _check_attention(recipe, config),
         "adapter": lambda: _check_adapter(recipe, source),
     }
     if store is None:
@@ -238,8 +254,13 @@ def _retrofitted(recipe: Recipe, store: TokenStore | None, source: Source, confi
 def _finish(model: Any, recipe: Recipe) -> None:
     model.eval()  # until the loop says otherwise: dropout draws nothing before the first step
     adapters.select_trainable(model)
-    if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    section = recipe.training
+    model.model.attention = section.attention
+    if (how := section.gradient_checkpointing) is not False:
+        selective = how == "selective"
+        model.gradient_checkpointing_enable(every_n_layers=1 if selective else int(how), selective=selective)
+    if section.compile:
+        model.compile_blocks()
 
 
 def _by_name(model: Any, readers: Readers, seed: int) -> Readers:
@@ -289,6 +310,19 @@ def _check_window(recipe: Recipe, config: LLaDAConfig) -> None:
             f"objective.window: {recipe.objective.window} tokens{' and the end slot' if slot else ''} exceed the "
             f"{config.max_sequence_length} rows of {recipe.model.init_from} (max_sequence_length); at most {most}"
         )
+
+
+def _check_attention(recipe: Recipe, config: LLaDAConfig) -> None:
+    """As far as it can be known without the device that will train."""
+    asked = recipe.training.attention
+    problem = None if asked == "auto" else obstacle(asked, None, _dtype(recipe), config.head_size)
+    if problem is not None:
+        raise ValueError(f"training.attention: {asked} {problem}; mend that, or choose auto")
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """What the blocks compute in."""
+    return torch.bfloat16 if recipe.training.bf16 else torch.float32
 
 
 def _check_adapter(recipe: Recipe, source: Source) -> None:
@@ -370,7 +404,9 @@ FREE_FIELDS = frozenset(
         "training.max_tokens_per_device",
         "training.per_device_train_batch_size",
         "training.gradient_accumulation_steps",
+        "training.attention",
         "training.gradient_checkpointing",
+        "training.compile",
         "training.save_steps",
         "training.save_total_limit",
         "training.save_every_keep",
@@ -391,6 +427,9 @@ FREE_FIELDS = frozenset(
     }
 )
 """Recipe fields that a resumed run may change: none of them changes what is computed, beyond rounding."""
+
+BEFORE_THE_FIELD = {"objective.time_sampling": "uniform"}
+"""Fields whose default differs from what runs did when there was no such field."""
 
 FIXED_FIELDS = ("model.", "lora.", "objective.name")
 """Beginnings of the names of fields that no override can change."""
@@ -424,7 +463,8 @@ def check_same_run(
     unknown = sorted(set(overrides) - set(names) - {DATA_PATH})
     if unknown:
         raise ValueError(f"--override {unknown[0]}: no field of the recipe, or one that may change without it")
-    was = {name: theirs[name] if name in theirs else default_of(name) for name in names}  # a field newer than the run
+    # A field that is newer than the run: it ran on the default, or on what there was before the field.
+    was = {name: theirs.get(name, BEFORE_THE_FIELD.get(name, default_of(name))) for name in names}
     differing = [name for name in names if ours.get(name) != was[name]]
     refused = [name for name in differing if name not in overrides]
     if refused:

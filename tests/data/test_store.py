@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +52,7 @@ def read(store: TokenStore, indices) -> list[tuple[list[int], list[bool], list[b
 
 def test_documents_come_back_as_they_went_in_in_any_order(tmp_path: Path) -> None:
     store = TokenStore.open(write(tmp_path / "data"))
-    assert len(store) == 4 and store.lengths.tolist() == [3, 1, 2, 4]
+    assert len(store) == 4 and store.documents(range(4)).lengths.tolist() == [3, 1, 2, 4]
     assert read(store, range(4)) == DOCUMENTS
     assert read(store, [3, 0, 3]) == [DOCUMENTS[3], DOCUMENTS[0], DOCUMENTS[3]]
 
@@ -59,6 +61,27 @@ def test_padding_is_zero_not_kept_and_closed(tmp_path: Path) -> None:
     batch = TokenStore.open(write(tmp_path / "data")).documents([1, 3])
     assert batch.tokens.shape == (2, 4) and batch.open_gaps.shape == (2, 5)
     assert not batch.tokens[0, 1:].any() and not batch.kept[0, 1:].any() and not batch.open_gaps[0, 2:].any()
+
+
+def test_what_is_given_can_be_read_without_the_tokens(tmp_path: Path) -> None:
+    store = TokenStore.open(write(tmp_path / "data"))
+    for indices in ([3, 0, 3], [1], []):
+        kept, lengths = store.kept(indices)
+        batch = store.documents(indices)
+        assert torch.equal(lengths, batch.lengths)
+        assert torch.equal(kept, batch.kept[torch.arange(batch.kept.shape[1]) < lengths[:, None]])
+    with pytest.raises(IndexError):
+        store.kept([4])
+
+
+def test_a_store_sent_to_another_process_is_opened_there_not_copied(tmp_path: Path) -> None:
+    """Where workers are not forked (and from Python 3.14 on they are not) they get the store pickled."""
+    documents = [([7] * 1000, [False] * 1000, [True] * 1001)] * 20
+    store = TokenStore.open(write(tmp_path / "data", documents))
+    sent = pickle.dumps(store)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert read(again, [0, 19]) == read(store, [0, 19]) and isinstance(again.tokens, np.memmap)
 
 
 def test_no_documents_make_an_empty_batch(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """A step is a function of recipe and step alone; ranks, workers and the budget only decide who computes what."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from retrofit.data.stream import StepStream, balance, document_order, stratified_times
+from retrofit.data.stream import StepStream, balance, document_order, stratified_uniforms
 from retrofit.flexmdm import FlexMDMConfig
 from retrofit.objective import FlexMDMObjective, MicroBatch
+from retrofit.objective.times import importance_density
 
 CONFIG = FlexMDMConfig(
     vocab_size=60, d_model=8, n_layers=1, n_heads=1, mlp_hidden_size=8, max_sequence_length=64,
@@ -22,8 +24,11 @@ class Store:
     def __len__(self) -> int:
         return 30
 
-    def documents(self, indices: list[int]) -> SimpleNamespace:
-        lengths = torch.tensor(indices)
+    def kept(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(int(indices.sum()), dtype=torch.bool), indices
+
+    def documents(self, indices: torch.Tensor) -> SimpleNamespace:
+        lengths = indices
         inside = torch.arange(29) < lengths[:, None]
         return SimpleNamespace(
             tokens=lengths[:, None].expand(-1, 29).masked_fill(~inside, 59),
@@ -51,6 +56,16 @@ def by_ordinal(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int
     return found
 
 
+def assert_same_batches(ours: list[MicroBatch], theirs: list[MicroBatch]) -> None:
+    """Equal in every bit."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in ((one, other), (one.packed, other.packed)):
+            for name in (field.name for field in fields(a) if field.name != "packed"):
+                first, second = getattr(a, name), getattr(b, name)
+                assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() -> None:
     for step in range(3):
         alone = by_ordinal(stream()[step].micro_batches)
@@ -59,6 +74,19 @@ def test_the_examples_of_a_step_do_not_depend_on_ranks_budget_or_accumulation() 
             shares = [stream(**changes, rank=rank)[step].micro_batches for rank in range(changes.get("world_size", 1))]
             assert len({len(share) for share in shares}) == 1  # as many micro-batches on every rank
             assert by_ordinal([batch for share in shares for batch in share]) == alone
+
+
+def test_a_step_is_what_cutting_the_corrupted_documents_of_all_ranks_gives() -> None:
+    """Ranks corrupt their own documents only; the direct way is to corrupt them all and then to cut."""
+    for changes in ({"world_size": 3}, {"world_size": 16}, {"max_tokens_per_device": 40}, {"documents_per_step": 100}):
+        own = {**changes, "rank": changes.get("world_size", 1) - 1}
+        step = stream(**own)[2]
+        everyone = stream(**own)
+        examples = everyone.examples(everyone.ordinals(2))
+        bins = everyone.cut(examples.lengths.tolist())
+        direct = [examples.micro_batch(rows) for rows in bins[own["rank"] :: changes.get("world_size", 1)]]
+        assert_same_batches(step.micro_batches, direct)
+        assert sum(map(sum, step.rows)) == examples.lengths.sum()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -93,12 +121,24 @@ def test_each_epoch_is_a_new_permutation_of_all_documents() -> None:
     assert torch.equal(document_order(torch.tensor([77, 3]), 30, seed=1), order.flatten()[[77, 3]])
 
 
-def test_times_hold_one_of_each_stratum_in_permuted_order() -> None:
-    t = stratified_times(torch.arange(160), 16, seed=2).view(10, 16)
-    strata = (t * 16).long()
+def test_uniforms_hold_one_of_each_stratum_in_permuted_order() -> None:
+    u = stratified_uniforms(torch.arange(160), 16, seed=2).view(10, 16)
+    strata = (u * 16).long()
     assert torch.equal(strata.sort(1).values, torch.arange(16).expand(10, 16))
     assert not (strata == strata[0]).all()
-    assert ((t * 16) % 1).mean() == pytest.approx(0.5, abs=0.07)
+    assert ((u * 16) % 1).mean() == pytest.approx(0.5, abs=0.07)
+
+
+def test_importance_sampled_times_hold_one_of_each_stratum_of_the_density() -> None:
+    density = importance_density(CONFIG.schedules)
+    ends, _ = density.draw(torch.arange(13).double() / 12)
+    steps = StepStream(
+        Store(), FlexMDMObjective(CONFIG, 5, density), seed=5, documents_per_step=12, time_strata=12,  # type: ignore[arg-type]
+        max_tokens_per_device=200, max_steps=6,
+    )  # fmt: skip
+    for step in range(6):
+        t = torch.cat([batch.timesteps for batch in steps[step].micro_batches]).sort().values
+        assert (ends[:-1] <= t).all() and (t <= ends[1:]).all()
 
 
 def test_greedy_balance_is_close_to_even() -> None:

@@ -1,12 +1,20 @@
 import json
+import random
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrofit.flexmdm import LLaDAConfig, LLaDAForMaskedDiffusion
+from retrofit.checkpoints.adapters import AdapterSettings, inject, select_trainable
+from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion, llada
 from retrofit.flexmdm.packing import pack
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -183,12 +191,189 @@ def test_saving_keeps_names_and_bytes(tmp_path: Path) -> None:
         assert config["max_sequence_length"] == 256 and "auto_map" not in config
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model = load("llada_tiny").train()
-    packed = pack([[1, 2, 382, 4], [382, 3]])
-    model(packed=packed).logits.square().mean().backward()
-    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+# --------------------------------------------------------------------------------------- checkpointing and compilation
+
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "every block": {}, "every second": {"every_n_layers": 2}, "selective": {"selective": True},
+}  # fmt: skip
+BATCHES = [[31, 0, 5], [7, 7], [], [0], [0, 0], [12], [1, 2, 40]]
+"""Lengths, without slots: ragged, rectangular, no sequence, one row, sequences of one row, one sequence."""
+
+
+def trainee(*, lora: bool) -> FlexMDMForMaskedDiffusion:
+    """Four blocks, everything drawn; LoRA with dropout over frozen weights, or all weights trained."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 40, "d_model": 32, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 48}
+    ids: dict[str, Any] = {"mask_token_id": 38, "pad_token_id": 39, "eos_token_id": 39}
+    model = FlexMDMForMaskedDiffusion(FlexMDMConfig(**sizes, **ids, max_sequence_length=64, time_group_size=2))
+    if lora:
+        inject(model, AdapterSettings(2, 4.0, 0.3, ("q_proj", "v_proj", "ff_proj")))
+        select_trainable(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def train_on(model: FlexMDMForMaskedDiffusion, lengths: list[int], *, bf16: bool = False) -> list[torch.Tensor]:
+    """Outputs of a batch and the gradients of a loss, with dropout as seeded."""
+    torch.manual_seed(1)
+    packed = pack([torch.randint(39, (length,)).tolist() for length in lengths], slot=39)
+    packed = replace(packed, kept=packed.tokens % 2 == 0)
     model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(packed=packed).logits.square().mean().backward()
-    assert all(torch.equal(plain[name], p.grad) for name, p in model.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(packed=packed, timesteps=torch.rand(len(lengths)))
+    (out.logits.float().square().sum() + out.expected_gaps.sum()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+    return [x.detach().clone() for x in (out.logits, out.expected_gaps, *gradients)]
+
+
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Norm of the difference of all tensors together, relative."""
+    ours, right = (torch.cat([x.flatten() for x in tensors]) for tensors in (found, expected))
+    return float((ours - right).norm() / right.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_gradient_checkpointing_changes_not_a_bit(mode: str, lora: bool, bf16: bool) -> None:
+    model = trainee(lora=lora)
+    plain = [train_on(model, lengths, bf16=bf16) for lengths in BATCHES]
+    model.gradient_checkpointing_enable(**CHECKPOINTING[mode])
+    for lengths, expected in zip(BATCHES, plain, strict=True):
+        assert all(map(torch.equal, train_on(model, lengths, bf16=bf16), expected))
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_recomputed_is_what_was_asked_for() -> None:
+    """Of four blocks, each with one silu, one attention, and seven matrix products of which the last is not needed."""
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+
+    def count(**settings: Any) -> tuple[int, int, int]:
+        model = trainee(lora=False)
+        if settings:
+            model.gradient_checkpointing_enable(**settings)
+        with Calls() as calls:
+            train_on(model, [9, 3])
+        return calls.counts["aten.silu.default"], calls.counts[attention], calls.counts["aten.mm.default"]
+
+    silus, attentions, products = count()
+    assert (silus, attentions) == (4 + 1, 4)  # one silu is the time embedding's
+    assert count(every_n_layers=1) == (silus + 4, attentions + 4, products + 4 * 6)
+    assert count(every_n_layers=2) == (silus + 2, attentions + 2, products + 2 * 6)
+    assert count(every_n_layers=3) == (silus + 2, attentions + 2, products + 2 * 6)  # blocks 0 and 3
+    assert count(selective=True) == (silus + 4, attentions, products)
+
+
+def test_gradient_checkpointing_is_switched_as_transformers_does_it() -> None:
+    model = trainee(lora=False)
+    flags = lambda: [block.gradient_checkpointing for block in model.model.blocks]  # noqa: E731
+    model.activation_checkpointing_enable(every_n_layers=2)
+    assert flags() == [True, False, True, False] and model.is_activation_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+    assert flags() == [True] * 4
+    assert model.model.blocks[0]._gradient_checkpointing_func.keywords == {
+        "use_reentrant": False, "preserve_rng_state": False,
+    }  # fmt: skip
+    model.gradient_checkpointing_disable()
+    assert flags() == [False] * 4 and not model.is_activation_checkpointing
+    with pytest.raises(ValueError, match="offload is not supported"):
+        model.activation_checkpointing_enable(offload=True)
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[Any]]:
+    """The graphs that blocks are compiled to, by a backend that generates no code; none is broken up."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found: list[Any] = []
+    yield found
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def compile_counting(model: FlexMDMForMaskedDiffusion, graphs: list[Any]) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    model.compile_blocks(backend)
+
+
+def many_lengths() -> list[list[int]]:
+    """Batches of all forms. The first has as many rows as the model is wide, and as many sequences as each has rows."""
+    draw = random.Random(0)
+    return [[3] * 8, [3] * 4, *BATCHES, *([draw.randint(0, 60) for _ in range(draw.randint(1, 9))] for _ in range(20))]
+
+
+def test_blocks_of_every_batch_are_one_graph(graphs: list[Any]) -> None:
+    """With dropout and selective checkpointing in it."""
+    model = trainee(lora=True)
+    plain = [train_on(model, lengths) for lengths in many_lengths()]
+    model.gradient_checkpointing_enable(selective=True)
+    compile_counting(model, graphs)
+    for lengths, expected in zip(many_lengths(), plain, strict=True):
+        assert difference(train_on(model, lengths), expected) < 1e-6
+    assert len(graphs) == 1
+    model.eval()
+    with torch.no_grad():
+        for lengths in many_lengths():
+            model(packed=pack([[1] * length for length in lengths], slot=39), timesteps=torch.rand(len(lengths)))
+    assert len(graphs) == 2  # and one without gradients
+
+
+def test_a_frozen_embedding_and_skipped_blocks_make_graphs_of_their_own(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most there are: block 0, whose input needs no gradient; blocks that are recomputed; and those that are not.
+
+    By the variable-length kernel, for which a stand-in computes under a mask made of the same arguments.
+    """
+
+    def varlen_attn(q: Any, k: Any, v: Any, ends: Any, _: Any, longest: int, __: int, **settings: Any) -> torch.Tensor:
+        assert longest == 256
+        ids = torch.bucketize(torch.arange(q.shape[0]), ends, right=True)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, ids[:, None] == ids)[0].transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(llada, "choose_backend", lambda asked, *_: asked.replace("auto", "padded"))
+    model = load("llada_tiny")
+    inject(model, AdapterSettings(2, 4.0, 0.0, ("q_proj",)))
+    select_trainable(model.train())
+    model.gradient_checkpointing_enable(every_n_layers=2)
+
+    def gradients(lengths: list[int]) -> list[torch.Tensor]:
+        model.zero_grad()
+        rows = [[380 if i % 3 else 382 - i % 2 for i in range(length)] for length in lengths]
+        model(packed=pack(rows)).logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    plain = [gradients(lengths) for lengths in many_lengths()]
+    model.model.attention = "varlen"
+    compile_counting(model, graphs)
+    for lengths, expected in zip(many_lengths(), plain, strict=True):
+        assert difference(gradients(lengths), expected) < 1e-5  # measured: 2e-6
+    assert len(graphs) == 3
+
+
+def test_compiled_code_computes_the_same(graphs: list[Any]) -> None:
+    model = trainee(lora=False)
+    batches = [[31, 0, 5], [12], [7, 7]]
+    plain = [train_on(model, lengths) for lengths in batches]
+    model.compile_blocks()
+    for lengths, expected in zip(batches, plain, strict=True):
+        assert difference(train_on(model, lengths), expected) < 1e-6

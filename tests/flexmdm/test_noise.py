@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from retrofit.flexmdm import noise
-from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform, permuted
+from retrofit.flexmdm.noise import keyed_permutation, keyed_uniform, permuted, ragged_uniform
 
 
 def test_a_draw_depends_on_its_key_alone() -> None:
@@ -13,11 +13,39 @@ def test_a_draw_depends_on_its_key_alone() -> None:
     assert torch.equal(keyed_uniform(7, ordinals.flip(0)[:, None], 3, positions), block.flip(0))
 
 
+def test_a_draw_is_the_same_whether_its_key_comes_as_numbers_or_as_tensors() -> None:
+    for seed, first, second in ((0, 0, 0), (-3, 5, -1), (2**63 + 1, 2**40, 7)):
+        number = keyed_uniform(seed, first, second)
+        assert number == keyed_uniform(seed, torch.tensor(first), torch.tensor(second))
+        assert number == keyed_uniform(seed, first, torch.tensor(second))
+        assert number == keyed_uniform(seed, torch.tensor(first), second)
+
+
+def test_draws_are_what_they_always_were() -> None:
+    """Written down once: another value would change what every seed trains on."""
+    assert keyed_uniform(7, 31, torch.tensor([0, 11])).tolist() == [0.47978613008671156, 0.9218462514211719]
+    assert permuted(torch.arange(3), 100_000, 5, 1).tolist() == [75815, 99712, 22290]
+
+
+def test_drawing_leaves_the_counters_as_they_are() -> None:
+    counters = torch.arange(5), torch.arange(5)
+    keyed_uniform(1, *counters)
+    assert all(torch.equal(counter, torch.arange(5)) for counter in counters)
+
+
+def test_ragged_draws_are_those_of_the_rows_cut_to_their_lengths() -> None:
+    lengths, ordinals = torch.tensor([3, 0, 1, 5]), torch.tensor([8, 2, 8, 40])
+    inside = torch.arange(5) < lengths[:, None]
+    rows = keyed_uniform(4, 1, ordinals[:, None], torch.arange(5))
+    assert torch.equal(ragged_uniform(lengths, 4, 1, ordinals), rows[inside])
+    assert ragged_uniform(lengths[:0], 4, 1, ordinals[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("state", [0, -1])
 def test_a_draw_is_never_0_or_1(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even from the state of all zeros or of all ones (-1), which no search would find."""
     monkeypatch.setattr(noise, "_mix", lambda x: torch.full_like(x, state))
-    assert 0 < keyed_uniform(0, 1) < 1
+    assert 0 < keyed_uniform(0, torch.tensor(1)) < 1
 
 
 def test_every_part_of_the_key_matters() -> None:

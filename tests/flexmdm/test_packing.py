@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from retrofit.flexmdm.attention import attention
-from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths, lengths_from_mask, pack
+from retrofit.flexmdm.packing import lengths_from_mask, pack
 
 
 def test_positions_restart_in_each_sequence() -> None:
@@ -22,51 +23,25 @@ def test_every_sequence_ends_with_its_slot() -> None:
 def test_no_sequences_and_no_rows_are_batches_too() -> None:
     for packed in (pack([]), pack([[], []])):
         assert packed.positions.shape == packed.sequence_ids.shape == (0,)
-        assert packed.block.count == 0
+        assert packed.without_empty.num_sequences == 0
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 0, 2], [1], [0, 5]])
-def test_padding_to_a_block_and_back_changes_nothing(lengths: list[int]) -> None:
+def test_without_empty_sequences_the_rows_are_the_same(lengths: list[int]) -> None:
     packed = pack([list(range(length)) for length in lengths])
-    rows = torch.randn(sum(lengths), 2, 3)
-    assert torch.equal(packed.block.unpad(packed.block.pad(rows)), rows)
+    found = packed.without_empty
+    assert found.lengths.tolist() == list(found.host_lengths) == [length for length in lengths if length]
+    assert torch.equal(found.tokens, packed.tokens) and torch.equal(found.positions, packed.positions)
+
+
+def test_the_host_knows_the_lengths_of_a_batch_that_has_moved() -> None:
+    packed = pack([[5, 6, 7], [], [8]], slot=0)
+    assert packed.host_lengths == (4, 1, 2)
+    assert packed.to("meta").host_lengths == (4, 1, 2)
+    assert replace(packed, tokens=packed.tokens + 1).host_lengths == (4, 1, 2)
 
 
 def test_padding_inside_a_row_is_refused() -> None:
     assert lengths_from_mask(torch.tensor([[1, 1, 0], [0, 0, 0]])).tolist() == [2, 0]
     with pytest.raises(ValueError, match="on the right"):
         lengths_from_mask(torch.tensor([[0, 1, 1]]))
-
-
-def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-    """One sequence and one head at a time, softmax written out."""
-    out = torch.empty_like(q)
-    ends = packed.cu_seqlens.tolist()
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
-        for head in range(q.shape[1]):
-            group = head * k.shape[1] // q.shape[1]
-            scores = q[begin:end, head] @ k[begin:end, group].T / q.shape[-1] ** 0.5
-            out[begin:end, head] = scores.softmax(-1) @ v[begin:end, group]
-    return out
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [1, 9, 0, 4], [0, 1]])
-def test_attention_stays_within_each_sequence(lengths: list[int], kv_heads: int) -> None:
-    torch.manual_seed(0)
-    total = sum(lengths)
-    packed = PackedSequences(torch.zeros(total, dtype=torch.long), cumulative_lengths(torch.tensor(lengths)))
-    q = torch.randn(total, 4, 8, requires_grad=True)
-    k, v = (torch.randn(total, kv_heads, 8, requires_grad=True) for _ in range(2))
-    out, expected = attention(q, k, v, packed), reference_attention(q, k, v, packed)
-    assert torch.allclose(out, expected, atol=1e-6)
-    weights = torch.randn_like(out)
-    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
-    for grad, reference in zip(grads, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
-        assert torch.allclose(grad, reference, atol=1e-5)
-
-
-def test_attention_over_no_rows_still_reaches_all_inputs() -> None:
-    q, k, v = (torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3))
-    attention(q, k, v, pack([[], []])).sum().backward()
-    assert all(x.grad is not None for x in (q, k, v))

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from retrofit.flexmdm import Linear, Schedules
+from retrofit.flexmdm.schedules import Geometric, Power, Schedule
 from retrofit.objective import corrupt
+from retrofit.objective.interpolant import count_survivors
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "interpolant" / "linear.safetensors"
 LINEAR = Schedules(Linear(), Linear())
@@ -100,6 +102,24 @@ def test_noise_depends_on_seed_and_ordinal_alone() -> None:
     assert rows([3, 1]) == [together[3], together[1]]
     assert rows([0, 1, 2, 3], seed=1) != together
     assert rows([2], cut=10)[0] == together[2][: len(rows([2], cut=10)[0])]
+
+
+@pytest.mark.parametrize("insertion", [Linear(), Power(1.7), Geometric()], ids=lambda schedule: schedule.type)
+def test_survivors_are_counted_as_they_are_drawn(insertion: Schedule) -> None:
+    """With kept tokens, empty sequences, and t at both ends, beyond alpha_end too."""
+    generator = torch.Generator().manual_seed(0)
+    schedules = Schedules(insertion, Linear(), alpha_end=0.9)
+    lengths = torch.randint(0, 40, (400,), generator=generator)
+    inside = torch.arange(40) < lengths[:, None]
+    kept = (torch.rand(400, 40, generator=generator) < 0.2) & inside
+    t = torch.rand(400, dtype=torch.float64, generator=generator)
+    t[:20], t[20:40] = 0.0, 1.0
+    key = (3, torch.arange(1000, 1400))
+    drawn = corrupt(
+        torch.zeros(400, 40, dtype=torch.int64), lengths, t, kept=kept, schedules=schedules, key=key,
+        mask_token_id=90, pad_token_id=91,
+    )  # fmt: skip
+    assert torch.equal(count_survivors(kept[inside], lengths, t, schedules=schedules, key=key), drawn.lengths)
 
 
 def test_noise_or_times_must_be_given_and_not_both() -> None:

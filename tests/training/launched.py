@@ -18,6 +18,7 @@ What a recipe's file is called decides what is done to its run:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -57,6 +58,7 @@ def main() -> None:
         install_shim()
 
     from retrofit.checkpoints.checkpoint import steps_present
+    from retrofit.flexmdm.llada import LLaDAPreTrainedModel
     from retrofit.probe import Probe, no_probe
     from retrofit.recipe import Recipe, load_recipe
     from retrofit.training.loop import train
@@ -72,6 +74,8 @@ def main() -> None:
         return peaks[0]
 
     torch.set_num_threads(1)
+    # A backend that traces as every other does, and generates no code.
+    LLaDAPreTrainedModel.compile_blocks = functools.partialmethod(LLaDAPreTrainedModel.compile_blocks, "aot_eager")  # type: ignore[assignment]
     Processes.close = lambda self: None  # type: ignore[method-assign]  # the process group serves all recipes
     rank = int(os.environ["RANK"])
     probes = {
@@ -88,6 +92,7 @@ def main() -> None:
     outcomes = []
     for path in map(Path, sys.argv[2:]):
         recipe = load_recipe(path)
+        torch._dynamo.reset()
         run = Path(recipe.training.output_dir)
         found = re.search(r"-from-(\S+)$", path.stem)
         if path.stem.endswith("-copy") or found:

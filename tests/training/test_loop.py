@@ -111,6 +111,17 @@ def test_a_run_has_what_it_promises(full_run: Path) -> None:
     assert all(s["text"].startswith(s["prompt"]) and s["sampling"]["steps"] == 4 for s in samples)
 
 
+def test_held_out_loss_is_over_uniform_t_however_training_draws_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    logs = []
+    for name in ("uniform", "importance"):
+        options = (f"--objective.time_sampling={name}", "--training.max_steps=1", "--training.eval_steps=5")
+        train(make_recipe(tmp_path / name, *options))
+        logs.append(read_log(tmp_path / name))
+    (start, step, *_), (other_start, other_step, *_) = logs
+    assert start["kind"] == "held_out" and start == other_start
+    assert step["kind"] == "train" and step["loss"] != other_step["loss"]
+
+
 def test_nothing_in_a_run_is_pickled(full_run: Path) -> None:
     suffixes = {path.suffix for path in full_run.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}
@@ -319,6 +330,27 @@ def test_a_killed_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, long_run: Pat
     train(recipe)
     assert f"held by process {process.pid}" in capfd.readouterr().err
     assert_equal_runs(tmp_path / "run", long_run, 60)
+
+
+def test_a_run_whose_data_worker_is_killed_says_so_in_one_line_and_can_be_started_again(
+    make_recipe: MakeRecipe, full_run: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """The worker is ahead, and another step is under way when it is gone."""
+
+    def kill_worker(_: Any) -> None:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+
+    run = tmp_path / "run"
+    recipe = make_recipe(run, *FULL, "--data.num_workers=1")
+    with pytest.raises(SystemExit) as stop:
+        train(recipe, probe=fail_at(0, 1, "forward", kill_worker))
+    assert stop.value.code == 4
+    lines = [line for line in capfd.readouterr().err.splitlines() if "DataLoader" in line]
+    assert len(lines) == 1 and "start the same command again" in lines[0]
+    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 4
+    train(recipe)
+    assert_equal_runs(run, full_run)
 
 
 def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_update(

@@ -163,6 +163,16 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(make_recipe: MakeRec
         start.check_same_run(recipe, older, tmp_path)
 
 
+def test_a_run_older_than_time_sampling_had_uniform_t(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = asdict(make_recipe(tmp_path / "run", "--objective.time_sampling=uniform"))
+    older = {name: dict(section) for name, section in recipe.items() if section is not None}
+    del older["objective"]["time_sampling"]
+    start.check_same_run(recipe, older, tmp_path)
+    recipe["objective"] |= {"time_sampling": "importance"}
+    with pytest.raises(ValueError, match="time_sampling is importance and was uniform"):
+        start.check_same_run(recipe, older, tmp_path)
+
+
 def test_lora_continues_the_same_factors_on_the_same_base(
     make_recipe: MakeRecipe, runs: Path, toy: Path, tmp_path: Path
 ) -> None:

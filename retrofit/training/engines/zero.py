@@ -7,12 +7,14 @@ bfloat16 copies of the weights and of the accumulated gradients, stays off, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from retrofit.checkpoints.weights import materialise
 
@@ -126,6 +128,14 @@ class ZeroThreeEngine(ZeroEngine):
 
         materialise(model, read, on_leaf=partition)
 
+    def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
+        """See `Engine.prepare`."""
+        super().prepare(model, read, make_optimizer)
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in hooks.items():
+                    hooks[key] = _unseen(hook)
+
     def autocast(self) -> torch.autocast:
         """See `Engine.autocast`. Autocast's copies of weights would be those of the whole model, kept for the step."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False)
@@ -167,3 +177,16 @@ class ZeroThreeEngine(ZeroEngine):
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, kind)
+
+
+def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook whose gathering selective checkpointing does not take for a part of the block's arithmetic."""
+
+    @wraps(hook)
+    def run(*arguments: Any) -> Any:
+        if not torch._C._len_torch_dispatch_stack():
+            return hook(*arguments)
+        with _disable_current_modes():
+            return hook(*arguments)
+
+    return run
