@@ -293,16 +293,14 @@ class Recipe:
     sampling: SamplingSection = field(default_factory=SamplingSection)
 
     def __post_init__(self) -> None:
-        slot = 1 if self.objective.name == "flexmdm" else 0
-        rows = self.objective.window + slot
-        budget = self.training.max_tokens_per_device
-        if budget != "auto" and budget < rows:
-            raise ValueError(
-                f"training.max_tokens_per_device: {budget} cannot hold one document of "
-                f"objective.window: {self.objective.window} tokens{' and its end slot' if slot else ''}; "
-                f"make it at least {rows}"
-            )
         if self.objective.name == "mdm":
+            # The documents of a flexmdm keep their own lengths, which are compared with the budget when the data are.
+            budget = self.training.max_tokens_per_device
+            if budget != "auto" and budget < self.objective.window:
+                raise ValueError(
+                    f"training.max_tokens_per_device: {budget} cannot hold one document, "
+                    f"which an mdm pads to objective.window: {self.objective.window} tokens; make it at least that"
+                )
             variable_length = [f"model.{name}" for name in FLEXMDM_FIELDS if getattr(self.model, name) is not None]
             if self.optimizer.new_modules_learning_rate is not None:
                 variable_length.append("optimizer.new_modules_learning_rate")

@@ -288,9 +288,12 @@ def test_importance_sampled_t_is_a_flexmdm_s_and_the_recipe_says_what_is_done(lo
     assert problem.endswith("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
 
 
-def test_token_budget_must_hold_one_document(problems):
-    (problem,) = problems(MINIMAL, "--training.max_tokens_per_device", "64")
-    assert "cannot hold one document of objective.window: 64" in problem and "at least 65" in problem
+def test_an_mdms_token_budget_must_hold_its_window(load, problems):
+    mdm = MINIMAL.replace("name: flexmdm", "name: mdm")
+    (problem,) = problems(mdm, "--training.max_tokens_per_device", "63")
+    assert "max_tokens_per_device: 63 cannot hold one document" in problem and "objective.window: 64" in problem
+    assert load(mdm, "--training.max_tokens_per_device", "64").training.max_tokens_per_device == 64
+    assert load(MINIMAL, "--training.max_tokens_per_device", "63").training.max_tokens_per_device == 63
 
 
 def test_batch_sizes_must_multiply_to_documents_per_step(load, problems):

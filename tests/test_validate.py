@@ -99,6 +99,13 @@ def test_problems_of_every_kind_are_named_at_once(validate, place):
     assert len(found["launch file and recipe"]) == 2  # precision and batch sizes
 
 
+def test_a_document_beyond_the_token_budget_is_named_with_its_length(validate):
+    code, found = validate("--training.max_tokens_per_device=20")
+    (problem,) = problems(found)
+    assert code == 2 and found["token budget"] == [("problem", problem)]
+    assert "20 rows cannot hold the longest document of" in problem and "make it at least 2" in problem
+
+
 def test_problems_of_the_recipe_are_told_with_the_launch_files(validate, place):
     (place / "launch.yaml").write_text("num_processes: 2\n")
     code, found = validate("--launch", "launch.yaml", "--training.seed=x", "--optimizer.learning_rate=y")

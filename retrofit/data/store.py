@@ -213,6 +213,11 @@ class TokenStore:
         return self.manifest.splits[self.split]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document of all splits."""
+        return max(record.longest for record in self.manifest.splits.values())
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the split's three files, as the manifest has it."""
         return self.record.digest
@@ -288,7 +293,7 @@ class TokenStore:
             ours, theirs = getattr(tokenizer, name), getattr(config, name)
             if ours is not None and ours != theirs:
                 raise ValueError(f"{self.path}: {name} is {ours} in the data, {theirs} in the model: {again}")
-        longest = max(record.longest for record in self.manifest.splits.values())
+        longest = self.longest
         limits = {"max_sequence_length of the model": config.max_sequence_length, "window of the recipe": window}
         for name, limit in limits.items():
             if limit is not None and longest > limit:

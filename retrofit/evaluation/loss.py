@@ -45,7 +45,7 @@ def score_loss(
     """
     store = TokenStore.open(data, split)  # type: ignore[arg-type]
     is_flexmdm = model.config.model_type == "flexmdm"
-    longest = max(record.longest for record in store.manifest.splits.values())
+    longest = store.longest
     canvas = None if is_flexmdm else window or longest
     store.check_fits(model.config, window=canvas)
     store.check_tokenizer(tokenizer_json)

@@ -229,6 +229,7 @@ def checks(
         return of_model
     return of_model | {
         "data and model": lambda: store.check_fits(config, window=recipe.objective.window),
+        "token budget": lambda: _check_budget(recipe, store),
         "tokenizer": lambda: _check_tokenizer(store, source),
     }
 
@@ -325,6 +326,17 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.training.bf16 else torch.float32
 
 
+def _check_budget(recipe: Recipe, store: TokenStore) -> None:
+    """Refuses a document that no micro-batch can hold: one of which no token happens to be deleted, and its slot."""
+    budget, longest = recipe.training.max_tokens_per_device, store.longest
+    if recipe.objective.name == "flexmdm" and budget != "auto" and longest + 1 > budget:
+        raise ValueError(
+            f"training.max_tokens_per_device: {budget} rows cannot hold the longest document of {store.path}, "
+            f"{longest} tokens and its end slot; make it at least {longest + 1}, "
+            f"or prepare the data with --max-length {budget - 1}"
+        )
+
+
 def _check_adapter(recipe: Recipe, source: Source) -> None:
     if source.adapter is None:
         if recipe.model.merge_first:
@@ -381,6 +393,7 @@ def from_checkpoint(
     source = loading.resolve(directory)
     config = loading.model_config(source)
     store.check_fits(config, window=recipe.objective.window)
+    _check_budget(recipe, store)
     _check_tokenizer(store, source)
     dtype = _DTYPES[recipe.model.dtype]
     loaded = dtype if recipe.lora is not None else torch.float32

@@ -433,6 +433,10 @@ def test_bfloat16_compute_keeps_float32_masters(make_recipe: MakeRecipe, tmp_pat
         (("--training.report_to=[wandb]",), "report_to: wandb is not installed"),
         (("--objective.window=20",), "longest document has .* the window of the recipe is 20"),
         (("--data.path=nowhere",), "nowhere: "),
+        (
+            ("--training.max_tokens_per_device=20",),
+            "20 rows cannot hold the longest document of .*, (2[0-9]) tokens and its end slot; make it at least 2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(
@@ -445,6 +449,20 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         train(make_recipe(tmp_path / "run", *options))
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_a_token_budget_below_the_window_will_do_for_documents_that_fit(
+    make_recipe: MakeRecipe, toy: Path, tmp_path: Path
+) -> None:
+    rows = TokenStore.open(toy / "store").longest + 1
+    assert rows < 32  # the window
+    options = ("--training.max_steps=2", f"--training.max_tokens_per_device={rows}")
+    train(make_recipe(tmp_path / "run", *options))
+    with pytest.raises(ValueError, match=f"make it at least {rows}, or prepare the data with --max-length {rows - 2}"):
+        train(make_recipe(tmp_path / "other", options[0], f"--training.max_tokens_per_device={rows - 1}"))
+    interrupted_copy(tmp_path / "run", tmp_path / "resumed", 2)
+    with pytest.raises(ValueError, match=f"make it at least {rows}"):
+        train(make_recipe(tmp_path / "resumed", options[0], f"--training.max_tokens_per_device={rows - 1}"))
 
 
 def test_a_run_that_was_cut_before_its_first_checkpoint_starts_again(
