@@ -113,6 +113,22 @@ def test_value_out_of_range_is_refused(problems, line, field):
     assert problem.startswith(f"recipe.yaml:10: {field}: must be ")
 
 
+def test_checkpointing_is_all_blocks_every_nth_or_selective(load, problems):
+    for text, value in (("true", True), ("false", False), ("1", 1), ("4", 4), ("2e0", 2), ("selective", "selective")):
+        found = load(MINIMAL, f"--training.gradient_checkpointing={text}").training.gradient_checkpointing
+        assert found == value and type(found) is type(value)
+    for text in ("0", "-1", "2.5", "all", "[2]"):
+        (problem,) = problems(MINIMAL, f"--training.gradient_checkpointing={text}")
+        assert problem.startswith("command line: training.gradient_checkpointing: expected true, false, a number of ")
+
+
+def test_half_precision_attention_without_it_is_refused(load, problems):
+    for name in ("varlen", "flash"):
+        (problem,) = problems(MINIMAL, f"--training.attention={name}")
+        assert f"attention: {name} computes in half precision; set bf16: true" in problem
+        load(MINIMAL, f"--training.attention={name}", "--training.bf16=true")
+
+
 def test_unknown_tracker_and_text_for_a_list_are_refused(problems):
     (problem,) = problems(MINIMAL + "  report_to: [tensorbord]\n")
     assert problem.startswith("recipe.yaml:15: training.report_to[0]: expected 'tensorboard', 'wandb' or 'trackio'")

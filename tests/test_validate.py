@@ -1,5 +1,6 @@
 """The validate verb: each kind of problem is found and named, all at once, and nothing on disk is changed."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -305,3 +306,13 @@ def test_a_port_in_use_is_named_with_the_way_to_choose_another(launch_problems):
         (problem,) = launch_problems(f"{DDP}main_process_port: {port}\n")
         assert f"port {port} is in use on this machine; choose another with --main_process_port N" in problem
     assert launch_problems(f"{DDP}main_process_port: {port}\n") == []
+
+
+def test_attention_that_is_not_installed_is_a_problem(validate, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "flash_attn" else find(name))
+    code, found = validate("--training.attention=flash", "--training.bf16=true")
+    (text,) = problems(found)
+    assert code == 2 and text.startswith(
+        "training.attention: flash needs the package flash-attn, which is not installed"
+    )

@@ -169,6 +169,12 @@ def test_settings_of_zero_that_are_texts_or_that_nobody_tried_are_refused(proble
     assert line.startswith(f"zero_optimization.{next(iter(setting))}: {expected}")
 
 
+def test_compiled_blocks_are_refused_where_hooks_inside_them_gather_weights(problems, recipe):
+    (line,) = problems({"zero_optimization": {"stage": 3}}, "--training.compile=true")
+    assert line.startswith("zero_optimization.stage: 3 gathers weights") and "training.compile: false" in line
+    resolve(config(), "zero.json", recipe("--training.compile=true"), 2)
+
+
 def test_what_nobody_tried_may_stand_there_switched_off(recipe):
     off = {
         "cpu_offload": False,

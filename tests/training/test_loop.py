@@ -122,6 +122,14 @@ def test_held_out_loss_is_over_uniform_t_however_training_draws_it(make_recipe: 
     assert step["kind"] == "train" and step["loss"] != other_step["loss"]
 
 
+def test_the_attention_that_was_chosen_is_said_once_and_recorded(
+    make_recipe: MakeRecipe, tmp_path: Path, capfd: Any
+) -> None:
+    train(make_recipe(tmp_path / "run", "--training.max_steps=2"))
+    assert capfd.readouterr().err.count("attention: padded (training.attention: auto)") == 1
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["attention"] == "padded"
+
+
 def test_nothing_in_a_run_is_pickled(full_run: Path) -> None:
     suffixes = {path.suffix for path in full_run.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}
@@ -437,6 +445,11 @@ def test_bfloat16_compute_keeps_float32_masters(make_recipe: MakeRecipe, tmp_pat
             ("--training.max_tokens_per_device=20",),
             "20 rows cannot hold the longest document of .*, (2[0-9]) tokens and its end slot; make it at least 2",
         ),
+        (
+            ("--training.attention=varlen", "--training.bf16=true"),
+            "^training.attention: varlen needs a CUDA device, and this one is cpu; mend that, or choose auto$",
+        ),
+        (("--training.attention=flex",), "^training.attention: flex needs a CUDA device"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(

@@ -44,6 +44,23 @@ def test_the_head_starts_from_the_mean_of_the_data_and_the_config_names_its_base
     assert (config.base_model, config.alpha_end, config.time_hidden_size) == ("model", 0.99, 32)
 
 
+@pytest.mark.parametrize(
+    ("asked", "recomputed", "selective"),
+    [("false", [], False), ("true", [0, 1], False), ("2", [0], False), ("selective", [0, 1], True)],
+)
+def test_blocks_are_recomputed_and_compiled_as_the_recipe_says(
+    make_recipe: MakeRecipe, tmp_path: Path, asked: str, recomputed: list[int], selective: bool
+) -> None:
+    options = (f"--training.gradient_checkpointing={asked}", "--training.attention=padded")
+    model = begin(make_recipe(tmp_path / "run", *options)).model
+    blocks = model.model.blocks
+    assert [i for i, block in enumerate(blocks) if block.gradient_checkpointing] == recomputed
+    assert ("context_fn" in getattr(blocks[0]._gradient_checkpointing_func, "keywords", {})) == selective
+    assert model.model.attention == "padded" and all(block.compiled is None for block in blocks)
+    compiled = begin(make_recipe(tmp_path / "run", "--training.compile=true")).model.model
+    assert all(block.compiled is not None for block in compiled.blocks) and compiled.attention == "auto"
+
+
 @pytest.mark.parametrize("place", ["", "final", "checkpoints/step-00000002"])
 def test_a_stage_takes_weights_and_the_parents_digest_but_neither_step_nor_optimizer(
     make_recipe: MakeRecipe, runs: Path, tmp_path: Path, place: str
