@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from retrofit.training.memory import LiveBytes
 from torch import Tensor
+
+from retrofit.training.memory import LiveBytes
 
 from .step_ways import WAYS, Rows, Step
 from .toy import natural_lengths, random_documents, read_texts, tokenised, toy_config, toy_model

@@ -75,7 +75,7 @@ def _message(error: Exception) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line; `run` is the verb's function. Unusable arguments are a ValueError."""
     parser = build_parser()
-    if arguments[:1] not in (["train"], ["validate"]):
+    if arguments[:1] not in (["train"], ["validate"], ["estimate"]):
         return parser.parse_args(arguments)
     arguments, overrides = split_overrides(arguments)
     options, unknown = parser.parse_known_args(arguments)
@@ -170,12 +170,20 @@ def build_parser() -> argparse.ArgumentParser:
             add_help=False,
         )
     )
-    _add_validate(
+    _add_launch(
         verb(
             "validate",
             _validate,
             "check a recipe, its launch, data, model and disk before the run stands in a queue",
             "retrofit validate recipe.yaml --launch launch/accelerate/ddp.yaml --num_processes 2",
+        )
+    )
+    _add_estimate(
+        verb(
+            "estimate",
+            _estimate,
+            "say what a run will need: memory of a rank by part, the largest token budget, sizes of checkpoints",
+            "retrofit estimate recipe.yaml --launch launch/accelerate/ddp.yaml --num_processes 16 --memory 80",
         )
     )
     _add_verify(
@@ -327,13 +335,19 @@ def _train(options: argparse.Namespace) -> None:
         train(recipe, request, outcome=outcome, guard=guard)
 
 
-# -------------------------------------------------------------------------------------------------- validate and verify
+# ---------------------------------------------------------------------------------------- validate, estimate and verify
 
 
-def _add_validate(parser: argparse.ArgumentParser) -> None:
+def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
     parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
-    parser.add_argument("--num_processes", metavar="N", type=int, help="processes of all machines (default: FILE's)")
+    parser.add_argument(
+        "--num_processes",
+        "--num-processes",
+        metavar="N",
+        type=int,
+        help="processes of all machines (default: FILE's)",
+    )
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -341,6 +355,26 @@ def _validate(options: argparse.Namespace) -> None:
     from retrofit.validate import validate
 
     validate(options.recipe, options.overrides, launch=options.launch, num_processes=options.num_processes)
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    _add_launch(parser)
+    parser.add_argument(
+        "--memory", metavar="GB", type=float, help="of one device, in 1e9 bytes (default: this machine's)"
+    )
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from retrofit.estimate import estimate
+
+    estimate(
+        options.recipe,
+        options.overrides,
+        launch=options.launch,
+        num_processes=options.num_processes,
+        memory=options.memory,
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

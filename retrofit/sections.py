@@ -23,6 +23,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _rows_or_auto(value: Any) -> Any:
+    value = _whole(value)
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("must be an integer of at least 1, or auto")
+    return value
+
+
 def _no_token(text: str) -> str:
     if holds_token(text):
         raise ValueError(
@@ -53,6 +60,7 @@ def _schedule(schedule: dict[str, Any]) -> dict[str, Any]:
 
 
 PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+RowsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_rows_or_auto)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -182,8 +190,8 @@ class TrainingSection:
     """steps to train, counted from the start of the run"""
     documents_per_step: PositiveInt
     """documents of one step over all ranks: the one batch size that defines training"""
-    max_tokens_per_device: PositiveInt = 16384
-    """rows of one micro-batch on one rank; bounds memory, does not change what is trained on"""
+    max_tokens_per_device: RowsOrAuto = 16384
+    """rows of one micro-batch on one rank; bounds memory, not what is trained on; auto: the most that fit"""
     per_device_train_batch_size: PositiveInt | None = None
     """optional: times gradient_accumulation_steps times ranks it must be documents_per_step"""
     gradient_accumulation_steps: PositiveInt | None = None
@@ -287,9 +295,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.objective.name == "mdm":
             # The documents of a flexmdm keep their own lengths, which are compared with the budget when the data are.
-            if self.training.max_tokens_per_device < self.objective.window:
+            budget = self.training.max_tokens_per_device
+            if budget != "auto" and budget < self.objective.window:
                 raise ValueError(
-                    f"training.max_tokens_per_device: {self.training.max_tokens_per_device} cannot hold one document, "
+                    f"training.max_tokens_per_device: {budget} cannot hold one document, "
                     f"which an mdm pads to objective.window: {self.objective.window} tokens; make it at least that"
                 )
             variable_length = [f"model.{name}" for name in FLEXMDM_FIELDS if getattr(self.model, name) is not None]

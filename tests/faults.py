@@ -74,3 +74,7 @@ def hang(_: Any) -> None:
 def spoil(batch: Any) -> None:
     """Makes a micro-batch's loss NaN."""
     batch.timesteps.fill_(torch.nan)
+
+
+def out_of_memory(_: Any) -> None:
+    raise torch.OutOfMemoryError("a fault")

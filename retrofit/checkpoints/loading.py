@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
@@ -161,7 +162,12 @@ def load_source(source: Source, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def build(
-    source: Source, config: LLaDAConfig, *, dtype: torch.dtype | None = None, verify: bool = True
+    source: Source,
+    config: LLaDAConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    shapes_only: bool = False,
 ) -> tuple[Any, Readers]:
     """The model of a source on the meta device, and where its weights are to be had.
 
@@ -171,6 +177,7 @@ def build(
         config: the source's own, or a FlexMDM's for a plain LLaDA: then its new modules get no readers.
         dtype: of the weights; None keeps the files' own. Factors and new modules of an adapter are float32 always.
         verify: False where somebody else verifies the files of `directories`.
+        shapes_only: the files of the weights may be absent, and the readers raise.
 
     Returns:
         the model in evaluation mode, and readers by plain names, of the factors by theirs (see
@@ -180,22 +187,29 @@ def build(
         ValueError: the files are missing, not readable, damaged, or do not fit together.
     """
     full = source if source.adapter is None else base_of(source)
-    files = TensorFiles(weight_files(full.directory))
+    files = TensorFiles([] if shapes_only else weight_files(full.directory))
     theirs = model_config(full)
     if isinstance(theirs, FlexMDMConfig) and not isinstance(config, FlexMDMConfig):
         raise ValueError(f"{full.directory}: is a FlexMDM, and {source.directory} says that its base is a plain LLaDA")
     becomes_flexmdm = isinstance(config, FlexMDMConfig) and not isinstance(theirs, FlexMDMConfig)
     model = on_meta(config, dtype or config.dtype or next(iter(files.dtypes.values()), None) or torch.float32)
-    readers = full_readers(model, full.directory, files, NEW_MODULES if becomes_flexmdm else ())
+    fresh = NEW_MODULES if becomes_flexmdm else ()
+    readers = {} if shapes_only else full_readers(model, full.directory, files, fresh)
     if source.adapter is not None:
         settings, _, _ = adapters.read_adapter_config(source.adapter)
         adapters.inject(model, settings)
         adapters.select_trainable(model)
-        readers |= adapters.adapter_readers(model, source.adapter)
+        readers |= {} if shapes_only else adapters.adapter_readers(model, source.adapter)
+    if shapes_only:
+        return model.eval(), {adapters.plain_name(name): _not_read for name, _ in model.named_parameters()}
     if verify:  # last, since names and shapes say more of what is wrong
         for directory in directories(source):
             verify_files(directory)
     return model.eval(), readers  # an injected layer's dropout is in training mode
+
+
+def _not_read() -> Tensor:
+    raise RuntimeError("the model was built for its shapes: its weights cannot be read")
 
 
 def on_meta(config: LLaDAConfig, dtype: torch.dtype) -> Any:

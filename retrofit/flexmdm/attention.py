@@ -30,6 +30,9 @@ from .packing import PackedSequences
 
 BACKENDS = ("padded", "varlen", "flash", "flex")
 
+# So many scores (pairs of rows) are padded rather than a block more made: a call costs about as much.
+_PADDED_SCORES = 1024
+
 _FLEX_BLOCK = 128
 
 
@@ -134,14 +137,6 @@ def _torch_has_varlen() -> bool:
 # -------------------------------------------------------------------------------------------------------------- padded
 
 
-# So many scores (pairs of rows) are padded rather than a block more made: a call costs about as much.
-_PADDED_SCORES = 1024
-
-
-# So many scores (pairs of rows) are padded rather than a block more made: a call costs about as much.
-_PADDED_SCORES = 1024
-
-
 @dataclass(frozen=True)
 class PaddedPlan:
     """Rows as padded blocks just around the product; everything else in the model runs on packed rows.
@@ -180,14 +175,15 @@ class PaddedPlan:
 def alike(lengths: Sequence[int]) -> list[list[int]]:
     """Cuts neighbouring lengths into groups: one joins if that pads no more than _PADDED_SCORES."""
     groups: list[list[int]] = []
+    longest = 0  # of the last group
     for length in lengths:
-        if groups:
-            count, longest = len(groups[-1]), max(groups[-1])
-            size = max(longest, length)
-            if (count + 1) * size**2 - count * longest**2 - length**2 <= _PADDED_SCORES:
-                groups[-1].append(length)
-                continue
-        groups.append([length])
+        count, size = len(groups[-1]) if groups else 0, max(longest, length)
+        if groups and (count + 1) * size**2 - count * longest**2 - length**2 <= _PADDED_SCORES:
+            groups[-1].append(length)
+            longest = size
+        else:
+            groups.append([length])
+            longest = length
     return groups
 
 

@@ -104,6 +104,41 @@ class LaunchFile:
         if problems:
             raise ValueError("\n".join(problems))
 
+    def deepspeed_config(self, recipe: Recipe) -> dict[str, Any] | None:
+        """DeepSpeed's configuration, resolved against the recipe; None where it launches another engine.
+
+        Raises:
+            ValueError: it contradicts the recipe, or cannot be read.
+        """
+        if self.fields["distributed_type"] != "DEEPSPEED":
+            return None
+        part, file = self._part("deepspeed_config"), self._json()
+        if file is None:
+            offload = {
+                f"offload_{kind}": {"device": part.get(f"offload_{kind}_device", "none")}
+                for kind in ("optimizer", "param")
+            }
+            config = {name: part.get(name, "auto") for name in ("gradient_accumulation_steps", "gradient_clipping")}
+            config["zero_optimization"] = {"stage": part.get("zero_stage", 2), **offload}
+            return resolve(config, str(self.path), recipe, self.processes)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            raise ValueError(f"{file}: not readable as JSON ({error})") from error
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: deepspeed_config_file: {file}: {error.strerror} (taken from where you launch)"
+            ) from error
+        return resolve(config, str(file), recipe, self.processes)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that FSDP2's hybrid sharding keeps."""
+        sizes = self._part("parallelism_config") if self.fields["distributed_type"] == "FSDP" else {}
+        return int(sizes.get("parallelism_config_dp_replicate_size", 1))
+
     def check_port(self) -> int:
         """Refuses a port that is taken on this machine; returns the port.
 
@@ -187,32 +222,11 @@ class LaunchFile:
             problems.append(
                 f"{self.path}: deepspeed_multinode_launcher: several machines need standard (others need a host file)"
             )
-        source, config = str(self.path), {}
-        if file is not None:
-            source = str(file)
-            both = [name for name in _NOT_BESIDE_JSON if name in part]
-            if both:
-                problems.append(f"{self.path}: {', '.join(both)}: accelerate refuses this beside {file}; remove it")
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-                if not isinstance(config, dict):
-                    raise ValueError("no JSON object")
-            except ValueError as error:
-                return [*problems, f"{file}: not readable as JSON ({error})"]
-            except OSError as error:
-                return [
-                    *problems,
-                    f"{self.path}: deepspeed_config_file: {file}: {error.strerror} (taken from where you launch)",
-                ]
-        else:
-            offload = {
-                f"offload_{kind}": {"device": part.get(f"offload_{kind}_device", "none")}
-                for kind in ("optimizer", "param")
-            }
-            config = {name: part.get(name, "auto") for name in ("gradient_accumulation_steps", "gradient_clipping")}
-            config["zero_optimization"] = {"stage": part.get("zero_stage", 2), **offload}
+        both = [name for name in _NOT_BESIDE_JSON if name in part] if file is not None else []
+        if both:
+            problems.append(f"{self.path}: {', '.join(both)}: accelerate refuses this beside {file}; remove it")
         try:
-            resolve(config, source, recipe, self.processes)
+            self.deepspeed_config(recipe)
         except ValueError as error:
             problems += str(error).splitlines()
         return problems

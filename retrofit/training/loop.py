@@ -4,8 +4,8 @@ Order within a step: micro-batches forward and backward; loss, norm and signals 
 log; held-out loss; samples; checkpoint. So whatever a checkpoint holds is in the log already. Only a signal puts the
 checkpoint first: the measurements that are due then are made when the run goes on.
 
-Points of the probe: "start", "batch", "forward", "backward" (subject: the micro-batch), "agree", "update", "updated",
-"evaluate", "sample", "save", and those of `checkpoints.saving`.
+Points of the probe: "trial forward", "trial backward", "start", "batch", "forward", "backward" (subject: the
+micro-batch), "agree", "update", "updated", "evaluate", "sample", "save", and those of `checkpoints.saving`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from retrofit.objective.times import UNIFORM, importance_density
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe
 
+from .budget import Budget, choose_budget, try_budget
 from .engines import make_engine
 from .engines.base import Engine
 from .feeding import feed, naming_the_lost
@@ -139,10 +140,13 @@ def train(
         processes.together(lambda: begin.choose_attention(recipe, processes.device))
         processes.on_main(lambda: check_disk(recipe, begin))
         processes.on_main(lambda: check_base(begin, opened.resumed))
+        record = checkpoint.read_record(opened.resumed) if opened.resumed is not None else None
+        objective = build_objective(recipe, begin.model.config, section.seed)
+        budget = choose_budget(recipe, begin, objective, store, processes, deepspeed, record)
         engine = make_engine(processes, bf16=section.bf16, average=section.ema_decay is not None, deepspeed=deepspeed)
         with holding(begin, opened.resumed):
             trainer = Trainer(
-                recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer
+                recipe, processes, engine, guard, outcome, watch, probe, run, begin, store, held_out, tokenizer, budget
             )
             if (resumed := opened.resumed) is not None:
                 processes.together(lambda: trainer.resume(resumed))
@@ -175,6 +179,7 @@ class Trainer:
         store: TokenStore,
         held_out: TokenStore | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        budget: Budget,
     ) -> None:
         self.recipe, self.processes, self.engine, self.run, self.begin = recipe, processes, engine, run, begin
         self.guard, self.outcome, self.watch, self.probe = guard, outcome, watch, probe
@@ -185,7 +190,7 @@ class Trainer:
         self.progress: Progress | None = None
         self.trackers: list[Tracker] = []
         section = recipe.training
-        self.store, self.tokenizer = store, tokenizer
+        self.store, self.tokenizer, self.budget = store, tokenizer, budget
         self.objective = build_objective(recipe, begin.model.config, section.seed)
         self.useful_flops = UsefulFlops(begin.model.config, begin.weights.shapes, begin.trainable)
         decayed = decayed_names(begin.model)
@@ -214,8 +219,10 @@ class Trainer:
             time_strata=recipe.objective.time_strata or section.documents_per_step,
             max_steps=section.max_steps,
         )
-        self.held_out = self._held_out(held_out) if held_out is not None else []
         engine.warm_up(self._empty_loss)
+        self.budget = try_budget(self.budget, engine, self.objective, begin.model.config, self._at)
+        self.stream.max_tokens_per_device = self.budget.rows
+        self.held_out = self._held_out(held_out) if held_out is not None else []
         self._seed_dropout()
 
     def _read(self, name: str) -> Tensor:
@@ -249,7 +256,7 @@ class Trainer:
         return StepStream(
             store,
             objective,
-            max_tokens_per_device=self.recipe.training.max_tokens_per_device,
+            max_tokens_per_device=self.budget.rows,
             micro_batches=self.recipe.training.gradient_accumulation_steps or 1,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
@@ -283,6 +290,9 @@ class Trainer:
         if self.processes.is_main:
             self.progress = Progress(self.step, section.max_steps)
             self.trackers = open_trackers(section.report_to, self.run.path, asdict(self.recipe))
+            if self.budget.parts is not None:
+                self._say(self.budget.describe())
+                self.run.append({"step": self.step, "kind": "budget", **self.budget.record()})
         self._at("start")
         if self.processes.any(self.guard.received is not None):
             self._stop("before the first step of this start; nothing is lost")
@@ -574,6 +584,7 @@ class Trainer:
             "since_log": asdict(self.since_log),
             "pending": self.pending,
             "engine": self.engine.name,
+            "max_tokens_per_device": self.budget.rows,
             "data_digest": self.store.manifest.digest,
             "parent": self.begin.parent,
             "base_digest": self.begin.base_digest,

@@ -170,14 +170,16 @@ class Start:
 # ------------------------------------------------------------------------------------------------------------ new stage
 
 
-def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> Start:
+def from_recipe(recipe: Recipe, store: TokenStore | None, *, verify: bool = True, shapes_only: bool = False) -> Start:
     """Builds the model of step 0 on the meta device.
 
     What no file holds (factors, and the new modules of what was a plain LLaDA) is fresh: a function of the recipe's
     seed and the parameter's name.
 
     Args:
+        store: the data; None will do for shapes.
         verify: False where the files are compared with their manifests elsewhere.
+        shapes_only: config.json will do, and no weights can be read.
 
     Raises:
         ValueError: init_from cannot be loaded or contradicts the recipe or the data (which field, and how to mend it).
@@ -192,7 +194,7 @@ def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> St
     else:
         _check_agreement(recipe, config)
     loaded = dtype if recipe.lora is not None else torch.float32
-    model, readers = loading.build(source, config, dtype=loaded, verify=verify)
+    model, readers = loading.build(source, config, dtype=loaded, verify=verify, shapes_only=shapes_only)
     adapter, base, merged_base = None, (source.name, source.revision), None
     if source.adapter is not None and recipe.model.merge_first:
         readers = adapters.merged_readers(model, readers)
@@ -213,27 +215,34 @@ def from_recipe(recipe: Recipe, store: TokenStore, *, verify: bool = True) -> St
     return Start(model, weights, dtype, adapter, base, loading.tokenizer_files(source), source, merged_base=merged_base)
 
 
-def checks(recipe: Recipe, store: TokenStore, source: Source, config: LLaDAConfig) -> dict[str, Callable[[], None]]:
+def checks(
+    recipe: Recipe, store: TokenStore | None, source: Source, config: LLaDAConfig
+) -> dict[str, Callable[[], None]]:
     """What a start is checked for before its model is built, each raising a ValueError of its own."""
-    return {
+    of_model = {
         "objective": lambda: _check_objective(recipe, config),
         "window": lambda: _check_window(recipe, config),
         "attention": lambda: _check_attention(recipe, config),
         "adapter": lambda: _check_adapter(recipe, source),
+    }
+    if store is None:
+        return of_model
+    return of_model | {
         "data and model": lambda: store.check_fits(config, window=recipe.objective.window),
         "token budget": lambda: _check_budget(recipe, store),
         "tokenizer": lambda: _check_tokenizer(store, source),
     }
 
 
-def _retrofitted(recipe: Recipe, store: TokenStore, source: Source, config: LLaDAConfig) -> FlexMDMConfig:
+def _retrofitted(recipe: Recipe, store: TokenStore | None, source: Source, config: LLaDAConfig) -> FlexMDMConfig:
     """The configuration of a FlexMDM made of a plain LLaDA; it starts at the data's best function of t."""
     if source.kind == "adapter":
         raise ValueError(
             f"model.init_from: {source.directory} is an adapter of a plain LLaDA; merge it before it becomes a FlexMDM"
         )
     fields = {name: getattr(recipe.model, name) for name in FLEXMDM_FIELDS if getattr(recipe.model, name) is not None}
-    fields["mean_deletable_tokens"] = store.manifest.mean_deletable_tokens
+    if store is not None:
+        fields["mean_deletable_tokens"] = store.manifest.mean_deletable_tokens
     # A local path means nothing to whoever gets the checkpoint: only its last part is recorded.
     fields["base_model"] = source.name if source.revision else Path(source.name).name
     fields["base_revision"] = source.revision
@@ -320,7 +329,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 def _check_budget(recipe: Recipe, store: TokenStore) -> None:
     """Refuses a document that no micro-batch can hold: one of which no token happens to be deleted, and its slot."""
     budget, longest = recipe.training.max_tokens_per_device, store.longest
-    if recipe.objective.name == "flexmdm" and longest + 1 > budget:
+    if recipe.objective.name == "flexmdm" and budget != "auto" and longest + 1 > budget:
         raise ValueError(
             f"training.max_tokens_per_device: {budget} rows cannot hold the longest document of {store.path}, "
             f"{longest} tokens and its end slot; make it at least {longest + 1}, "

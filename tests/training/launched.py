@@ -12,6 +12,8 @@ What a recipe's file is called decides what is done to its run:
     *-hanging     rank 1 sleeps for ever in step 3; *-killed: it is killed there
     *-poisoned    rank 1's loss in step 3 is NaN
     *-diskfull    rank 1 finds the disk full while it writes step 4
+    *-tight       all ranks run out of memory in the first trial of a token budget; *-tight1: rank 1 alone does.
+                  OUTCOMES-RANK.json says of the former the most bytes of live tensors before the first step
 """
 
 from __future__ import annotations
@@ -57,11 +59,19 @@ def main() -> None:
 
     from retrofit.checkpoints.checkpoint import steps_present
     from retrofit.flexmdm.llada import LLaDAPreTrainedModel
-    from retrofit.probe import no_probe
-    from retrofit.recipe import load_recipe
+    from retrofit.probe import Probe, no_probe
+    from retrofit.recipe import Recipe, load_recipe
     from retrofit.training.loop import train
     from retrofit.training.processes import Processes
-    from tests.faults import disk_full, fail_at, hang, kill, send, spoil
+    from tests.faults import both, disk_full, fail_at, hang, kill, out_of_memory, send, spoil
+    from tests.training.runs import LiveBytesWithResizing
+
+    def peak_of(recipe: Recipe, probe: Probe) -> int:
+        """Trains, and gives the most bytes of live tensors before the first step."""
+        peaks: list[int] = []
+        with LiveBytesWithResizing("cpu") as live:
+            train(recipe, probe=both(probe, fail_at(None, 1, "start", lambda _: peaks.append(live.peak))))
+        return peaks[0]
 
     torch.set_num_threads(1)
     # A backend that traces as every other does, and generates no code.
@@ -74,6 +84,8 @@ def main() -> None:
         "killed": fail_at(1, 3, "forward", kill),
         "poisoned": fail_at(1, 3, "forward", spoil),
         "diskfull": fail_at(1, 4, "save.block", disk_full),
+        "tight": fail_at(None, 1, "trial forward", out_of_memory),
+        "tight1": fail_at(1, 1, "trial backward", out_of_memory),
     }
     previous = Path()
 
@@ -94,8 +106,11 @@ def main() -> None:
         if signalled := re.search(r"-signalled(\d+)$", path.stem):
             probe = fail_at(1, int(signalled.group(1)), "forward", send(signal.SIGUSR1), after=1)
         try:
-            train(recipe, probe=probe)
-            outcomes.append("complete")
+            if path.stem.endswith("-tight"):
+                outcomes.append(f"complete, {peak_of(recipe, probe)} bytes")
+            else:
+                train(recipe, probe=probe)
+                outcomes.append("complete")
         except SystemExit as stop:
             outcomes.append(f"exit {stop.code}")
         except ValueError as error:

@@ -13,6 +13,31 @@ from typing import Any
 import torch
 
 from retrofit.checkpoints import checkpoint
+from retrofit.training.memory import LiveBytes
+
+
+class LiveBytesWithResizing(LiveBytes):
+    """FSDP2 frees and fills storages by resizing them, which no operation shows."""
+
+    def __enter__(self) -> LiveBytesWithResizing:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            result, key = resize(storage, size), storage._cdata
+            if key in self._sizes:
+                self.current += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
+                self.peak = max(self.peak, self.current)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
 
 ROOT = Path(__file__).parents[2]
 TIMINGS = (

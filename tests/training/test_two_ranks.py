@@ -30,6 +30,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "lora-copy": LORA,
     "an_empty_rank": ("--training.documents_per_step=1",),
     "accumulation": ("--training.gradient_accumulation_steps=4", "--training.max_tokens_per_device=512"),
+    "auto-tight1": ("--training.max_tokens_per_device=auto",),
     "mdm": ("--objective.name=mdm", "--model.time_hidden_size=null"),
     "diverging": (
         "--optimizer.learning_rate=1e30", "--training.save_steps=1", "--optimizer.lr_scheduler_type=constant",
@@ -73,6 +74,14 @@ def test_a_resumed_run_of_two_ranks_is_the_uninterrupted_one_bit_for_bit(root: P
     assert whole.keys() == again.keys() and any(key.startswith("ema/") for key in whole)
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     assert read_log(root / name) == read_log(root / resumed)
+
+
+def test_both_ranks_take_less_where_one_runs_out_of_memory(root: Path) -> None:
+    """Four documents of 29 rows for each, at most; then 0.85 of them."""
+    assert outcome(root, "auto-tight1") == ["complete", "complete"]
+    assert (root / "stderr.txt").read_text().count("out of memory at 116 rows a micro-batch; trying 98") == 1
+    found = next(line for line in read_log(root / "auto-tight1") if line["kind"] == "budget")
+    assert found["max_tokens_per_device"] == 98
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(root: Path) -> None:

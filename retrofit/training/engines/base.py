@@ -41,9 +41,11 @@ class Engine(ABC):
         model: what the loss calls. module: the bare model inside it.
         optimizer: AdamW over `masters`. parameters: (name, parameter) of all trainable ones, in the model's order.
         kinds: "master", "exp_avg", "exp_avg_sq" and, with an average, "ema".
+        survives_failed_backward: whether another micro-batch may follow a backward that was broken off.
     """
 
     name: str
+    survives_failed_backward = True
     model: nn.Module
     module: nn.Module
     optimizer: AdamW
@@ -125,7 +127,7 @@ class Engine(ABC):
         """Scales gradients down to `max_norm`, updates, and clears them. Nothing else changes masters."""
         clip_gradients(self.parameters, norm, max_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.discard()
 
     def discard(self) -> None:
         """Drops the gradients without an update."""

@@ -27,6 +27,7 @@ class FullyShardedEngine(Engine):
     """See the module."""
 
     name = "fsdp2"
+    survives_failed_backward = False
 
     def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.prepare`. Each rank reads every tensor and keeps its own rows."""
@@ -43,19 +44,16 @@ class FullyShardedEngine(Engine):
         self.create_state()
 
     def _shard(self, model: Any, *, reshard_after_forward: bool) -> None:
-        transformer = model.model.transformer
         whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         computed = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        units = [(block, computed) for block in transformer["blocks"]]
-        if "ff_out" in transformer:
-            units.append((transformer["ff_out"], computed))
-        units += [(getattr(model, name), whole) for name in NEW_MODULES if hasattr(model, name)]
-        for unit, policy in units:
+        in_bf16, as_stored, root = sharded_units(model)
+        for unit in (*in_bf16, *as_stored):
             _agree_on_dtype(unit)
+            policy = computed if unit in in_bf16 else whole
             fully_shard(unit, mesh=self._mesh(), mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        _agree_on_dtype(nn.ModuleList([transformer["wte"], transformer["ln_f"]]))
+        _agree_on_dtype(root)
         # A tied head reads the embedding's weight after the backbone's forward: the root stays gathered in between.
         fully_shard(model, mesh=self._mesh(), mp_policy=whole, reshard_after_forward=False)
 
@@ -88,6 +86,14 @@ class FullyShardedEngine(Engine):
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         """See `Engine.write`."""
         _set(cast(DTensor, self._state(kind, name)), tensor)
+
+
+def sharded_units(model: Any) -> tuple[list[nn.Module], list[nn.Module], nn.Module]:
+    """Units that are computed in bfloat16 where the recipe says so; other units; what stays with the root."""
+    transformer = model.model.transformer
+    in_bf16 = [*transformer["blocks"], *([transformer["ff_out"]] if "ff_out" in transformer else [])]
+    as_stored = [getattr(model, name) for name in NEW_MODULES if hasattr(model, name)]
+    return in_bf16, as_stored, nn.ModuleList([transformer["wte"], transformer["ln_f"]])
 
 
 def _agree_on_dtype(unit: nn.Module) -> None:

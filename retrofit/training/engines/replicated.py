@@ -41,6 +41,11 @@ class ReplicatedEngine(Engine):
             stack.enter_context(self.autocast())
             yield
 
+    def discard(self) -> None:
+        """See `Engine.discard`. DDP's gradients are views of its buckets, which stay: without them the next step would
+        accumulate in memory of its own beside the buckets."""
+        self.optimizer.zero_grad(set_to_none=self.model is self.module)
+
     def masters_changed(self) -> None:
         """See `Engine.masters_changed`. The masters are the model's own weights."""
 

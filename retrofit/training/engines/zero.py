@@ -32,7 +32,8 @@ class ZeroEngine(Engine):
     def __init__(self, processes: Processes, config: Mapping[str, Any], *, bf16: bool, average: bool) -> None:
         super().__init__(processes, bf16=bf16, average=average)
         self.config = dict(config)
-        self.name = f"zero{config['zero_optimization']['stage']}"
+        stage = config["zero_optimization"]["stage"]
+        self.name, self.survives_failed_backward = f"zero{stage}", stage == 1
 
     def prepare(self, model: nn.Module, read: ReadTensor, make_optimizer: MakeOptimizer) -> None:
         """See `Engine.prepare`."""
@@ -64,10 +65,6 @@ class ZeroEngine(Engine):
         self.zero.clip_grad = max_norm or 0.0
         self.deepspeed.step()
 
-    def discard(self) -> None:
-        """See `Engine.discard`."""
-        self.zero.zero_grad()
-
     def read(self, kind: str, name: str) -> Tensor:
         """See `Engine.read`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -93,6 +90,12 @@ class ZeroOneTwoEngine(ZeroEngine):
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
         return float(self.zero.scaled_global_norm() / self.zero.loss_scale)
+
+    def discard(self) -> None:
+        """See `Engine.discard`. As DeepSpeed does when it passes over a step: what is averaged already goes too."""
+        self.zero.zero_grad()
+        self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+        self.zero.all_grad_tensors = dict.fromkeys(self.zero.all_grad_tensors)
 
     def masters(self) -> list[Tensor]:
         """See `Engine.masters`."""
@@ -132,6 +135,14 @@ class ZeroThreeEngine(ZeroEngine):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in hooks.items():
                     hooks[key] = _unseen(hook)
+
+    def autocast(self) -> torch.autocast:
+        """See `Engine.autocast`. Autocast's copies of weights would be those of the whole model, kept for the step."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+    def discard(self) -> None:
+        """See `Engine.discard`."""
+        self.zero.zero_grad()
 
     def gradient_norm(self) -> float:
         """See `Engine.gradient_norm`."""
