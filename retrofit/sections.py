@@ -128,8 +128,8 @@ class DataSection:
 
     path: Text
     """directory written by `retrofit preprocess`"""
-    num_workers: Count = 0
-    """worker processes per rank that prepare steps ahead; does not change what is trained on"""
+    num_workers: Count = 1
+    """processes per rank that draw steps ahead; 0: the device waits for each. Does not change what is trained on"""
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)

@@ -48,7 +48,7 @@ def make_recipe(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeReci
     def make(output_dir: Path, *overrides: str, file: Path | None = None) -> Recipe:
         sections: dict[str, Any] = {
             "model": {"init_from": str(toy / "model"), "time_hidden_size": 32},
-            "data": {"path": str(toy / "store")},
+            "data": {"path": str(toy / "store"), "num_workers": 0},
             "objective": {"name": "flexmdm", "window": 32},
             "optimizer": {"learning_rate": 0.01},
             "training": {

@@ -7,7 +7,7 @@ Exit codes:
 | 0    | the run is complete                                                                                  |
 | 2    | refused: one line says what, where and how to mend it                                                |
 | 3    | loss, gradient norm or a weight is not finite; nothing was updated with it, nothing was saved        |
-| 4    | a rank hangs or is gone (`watch` names it); start the same command again to go on                    |
+| 4    | a rank hangs or is gone (`watch` names it), or a data worker is gone; start the same command again   |
 | 75   | stopped by a signal or the time limit after saving; start the same command again (a scheduler does)  |
 | 128+ | a second signal ended the process at once; nothing half-saved is taken for good                      |
 

@@ -149,6 +149,14 @@ def test_greedy_balance_is_close_to_even() -> None:
     assert sorted(i for rows in balance(lengths, 16) for i in rows) == list(range(128))
 
 
+def test_micro_batches_of_a_step_are_equally_full() -> None:
+    """The last one too: 128 documents of up to 1,024 rows over 2 ranks, which take nine rounds of the budget."""
+    lengths = torch.randint(1, 1025, (128,), generator=torch.Generator().manual_seed(0)).tolist()
+    bins = stream(max_tokens_per_device=4096, world_size=2).cut(lengths)
+    loads = [sum(lengths[i] for i in rows) for rows in bins]
+    assert len(loads) == 2 * 9 and max(loads) <= 4096 and min(loads) > 0.97 * max(loads)
+
+
 def test_a_large_store_has_an_order_too_that_no_one_makes_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrofit.data.stream._epoch_order", None)
     size = 100_000
