@@ -104,7 +104,7 @@ def test_estimate_needs_config_json_alone_and_the_lora_recipe_fits(tmp_path: Pat
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_the_full_recipe_leaves_half_of_each_gpu_to_its_micro_batches(engine: str) -> None:
-    """8,300,871,681 weights of 4 bytes over 16 ranks, their gradients and two moments; what is gathered is below 10 GB."""
+    """8,300,871,681 weights of 4 bytes over 16 ranks, gradients and two moments; below 10 GB gathered."""
     recipe = load_recipe(FOLDER / "transfer-full.yaml")
     start, zero = begin(recipe), json.loads((FOLDER.parents[1] / "launch/deepspeed/zero3.json").read_text())
     layout = Layout(engine, 16, 16, 8, zero["zero_optimization"])
