@@ -24,6 +24,7 @@ def batch_of(lengths: tuple[int, ...]) -> MicroBatch:
     return MicroBatch(
         packed,
         timesteps=torch.full((count,), 0.5, dtype=torch.float64),
+        weights=torch.ones(count, dtype=torch.float64),
         ordinals=torch.arange(count),
         mask_rows=rows,
         targets=torch.ones_like(rows),
