@@ -18,6 +18,7 @@ from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.modeling import NEW_MODULES
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.sections import FLEXMDM_FIELDS
+from retrofit.training.estimate import Layout, standing
 from retrofit.training.preflight import checkpoint_bytes
 from retrofit.training.start import Start, _finish, _settings
 
@@ -84,6 +85,32 @@ def test_the_launch_files_fit_the_recipes(name: str, monkeypatch: pytest.MonkeyP
     recipe = load_recipe(FOLDER / f"{name}.yaml")
     for engine in ("ddp",) if name == "transfer" else ("zero1", "zero2", "zero3", "fsdp2", "fsdp2-hybrid"):
         LaunchFile.read(Path(f"launch/accelerate/{engine}.yaml"), processes=16).check(recipe)
+
+
+def test_estimate_needs_config_json_alone_and_the_lora_recipe_fits(tmp_path: Path, capsys: Any) -> None:
+    """8,015,581,184 weights of 2 bytes; 402,665,473 of 4, and two moments."""
+    LLaDAConfig().save_pretrained(tmp_path)
+    options = ["--launch", "launch/accelerate/ddp.yaml", "--num_processes=16", "--memory=80"]
+    changes = [f"--model.init_from={tmp_path}", "--training.max_tokens_per_device=auto"]
+    assert main(["estimate", str(FOLDER / "transfer.yaml"), *options, *changes]) == 0
+    said = {line.strip().partition("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "402,665,473 of 8,418,246,657" in said["model"] and said["largest"].endswith(
+        "max_tokens_per_device: 8200; a step has no more for a rank"
+    )
+    for part, expected in {"frozen weights": "16.03", "trained weights": "1.61", "Adam's moments": "3.22"}.items():
+        assert f" {expected} GB" in said[part], part
+    assert said["total"].endswith("GB  fits")
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_the_full_recipe_leaves_half_of_each_gpu_to_its_micro_batches(engine: str) -> None:
+    """8,300,871,681 weights of 4 bytes over 16 ranks, gradients and two moments; below 10 GB gathered."""
+    recipe = load_recipe(FOLDER / "transfer-full.yaml")
+    start, zero = begin(recipe), json.loads((FOLDER.parents[1] / "launch/deepspeed/zero3.json").read_text())
+    layout = Layout(engine, 16, 16, 8, zero["zero_optimization"])
+    parts = standing(start, layout, bf16=True, average=False)
+    assert parts.moments == pytest.approx(2 * 4 * 8_300_871_681 / 16, rel=1e-3) and parts.frozen == 0
+    assert parts.gathered < 10e9 and parts.total < 20e9
 
 
 @pytest.fixture(scope="module")

@@ -156,11 +156,6 @@ class PaddedPlan:
             tuple(Block.of(packed, first, group, uniform=uniform) for first, group in zip(firsts, groups, strict=False))
         )
 
-    @property
-    def padding(self) -> int:
-        """Rows that are computed for nothing."""
-        return sum(block.count * block.size - block.rows for block in self.blocks)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Plan.attend`."""
         groups = q.shape[1] // k.shape[1]
@@ -170,6 +165,15 @@ class PaddedPlan:
         parts = zip(self.blocks, q.split(rows), k.split(rows), v.split(rows), strict=True)
         mixed = [block.attend(*part) for block, *part in parts]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def padding(packed: PackedSequences, backend: str, *, uniform: bool) -> int:
+    """Rows that attention computes for nothing; `uniform` as in `PaddedPlan.of`."""
+    lengths = packed.without_empty.host_lengths
+    if backend != "padded" or not lengths:
+        return 0
+    groups = [lengths] if uniform else alike(lengths)
+    return sum(len(group) * max(group) - sum(group) for group in groups)
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:

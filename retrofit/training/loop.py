@@ -28,6 +28,7 @@ from retrofit.checkpoints import checkpoint
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepBatches, StepStream
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
+from retrofit.flexmdm.attention import padding
 from retrofit.flexmdm.noise import keyed_uniform
 from retrofit.objective.objectives import FlexMDMObjective, MDMObjective, MicroBatch, Objective
 from retrofit.objective.times import UNIFORM, importance_density
@@ -389,9 +390,10 @@ class Trainer:
         engine, began, batches = self.engine, time.monotonic(), step.micro_batches
         scale = self.recipe.training.documents_per_step * self.recipe.objective.window
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
-        work = Work()
+        work, padded, compiled = Work(), 0, self.recipe.training.compile
         for i, batch in enumerate(batches):
             work += Work.of(batch)
+            padded += padding(batch.packed, self.begin.attention, uniform=compiled)
             batch = batch.to(engine.device)
             with engine.micro_batch(last=i == len(batches) - 1):
                 self._at("forward", batch)
@@ -408,8 +410,9 @@ class Trainer:
         signalled, infinite = self.guard.received is not None, not (math.isfinite(norm) and norm >= 0)
         part_failed = self.keeper.poll()
         self.watch.newest = self.keeper.newest
-        flags = torch.tensor([signalled, infinite, part_failed, work.masks, work.squares], dtype=torch.float64)
-        *totals, stop, bad_norm, failed, masks, squares = self.processes.total(torch.cat([sums, flags.to(sums.device)]))
+        told = [signalled, infinite, part_failed, work.masks, work.squares, padded]
+        message = torch.cat([sums, torch.tensor(told, dtype=torch.float64, device=sums.device)])
+        *totals, stop, bad_norm, failed, masks, squares, all_padded = self.processes.total(message)
         losses = {name: total / scale for name, total in zip(names, totals, strict=True)}
         if bad_norm or not all(map(math.isfinite, losses.values())):
             engine.discard()
@@ -427,6 +430,7 @@ class Trainer:
         self.outcome.step = self.step
         self._count(step.rows, int(masks), int(squares), time.monotonic() - began)
         self.since_log.add_losses(losses)
+        self.since_log.padding += int(all_padded)
         self.since_log.last = {"gradient_norm": norm, "learning_rate": rate}
         self.probe("updated", self.step)
         return bool(stop)

@@ -110,7 +110,8 @@ class Sums:
 
     Attributes:
         steps, documents: taken. seconds: that the steps took. waiting: seconds in which there was no data.
-        rows, slots: computed over all ranks. balanced: rows, had every rank as many as the fullest.
+        rows, slots: computed over all ranks. padding: rows of attention's blocks that hold nothing.
+        balanced: rows, had every rank as many as the fullest.
         flops: useful, over all ranks.
         losses: sum of each term. last: of the last step.
     """
@@ -121,6 +122,7 @@ class Sums:
     waiting: float = 0.0
     rows: int = 0
     slots: int = 0
+    padding: int = 0
     balanced: int = 0
     flops: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -147,5 +149,6 @@ class Sums:
             "seconds_per_step": seconds / max(self.steps, 1),
             "tokens_per_step": (self.rows - self.slots) / max(self.steps, 1),
             "slots_per_step": self.slots / max(self.steps, 1),
+            "padding_per_step": self.padding / max(self.steps, 1),
             "imbalance": self.balanced / max(self.rows, 1),
         }

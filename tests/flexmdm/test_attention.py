@@ -13,7 +13,15 @@ from torch import Tensor
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 
 from retrofit.flexmdm import FlexMDMConfig, FlexMDMForMaskedDiffusion
-from retrofit.flexmdm.attention import BACKENDS, alike, attention, choose_backend, document_mask, plan_attention
+from retrofit.flexmdm.attention import (
+    BACKENDS,
+    alike,
+    attention,
+    choose_backend,
+    document_mask,
+    padding,
+    plan_attention,
+)
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths, pack
 from tests.kernels import install, reference
 
@@ -158,7 +166,9 @@ def test_neighbours_of_like_length_share_a_block_and_others_do_not() -> None:
     assert alike([10] * 500) == [[10] * 500]
     plan: Any = plan_attention(packed_rows([400, 399, 12, 0, 11]), "padded")
     assert [(block.count, block.size, block.rows) for block in plan.blocks] == [(2, 400, 799), (2, 12, 23)]
-    assert plan.padding == 2
+    for lengths, uniform, rows in (([400, 399, 12, 0, 11], False, 2), ([9, 4, 0, 2], True, 12), ([0], False, 0)):
+        assert padding(packed_rows(lengths), "padded", uniform=uniform) == rows
+    assert padding(packed_rows([9, 4]), "varlen", uniform=False) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- choice

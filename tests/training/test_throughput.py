@@ -73,10 +73,11 @@ def test_attention_counts_two_products_forward_and_four_back() -> None:
 
 
 def test_the_log_says_speed_imbalance_and_share_of_the_peak() -> None:
-    sums = Sums(steps=2, documents=8, seconds=3.0, waiting=1.0, rows=108, slots=8, balanced=120, flops=4e12)
+    sums = Sums(steps=2, documents=8, seconds=3.0, waiting=1.0, rows=108, slots=8, padding=6, balanced=120, flops=4e12)
     found = sums.describe(world_size=2, peak=1e12)
     assert found["documents_per_second"] == 2 and found["tokens_per_second"] == 25
     assert found["tflops_per_second"] == 1 and found["mfu"] == 0.5
     assert found["seconds_per_step"] == 2 and found["tokens_per_step"] == 50 and found["slots_per_step"] == 4
+    assert found["padding_per_step"] == 3
     assert found["imbalance"] == pytest.approx(120 / 108)
     assert sums.describe(world_size=2, peak=None)["mfu"] is None
