@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from retrofit.checkpoints import checkpoint
+from retrofit.data.store import TokenStore
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe, load_recipe
-from retrofit.training import budget
-from retrofit.training.budget import _recorded
-from retrofit.training.estimate import Layout
-from retrofit.training.loop import train
+from retrofit.training import budget, start
+from retrofit.training.budget import Budget, _recorded, try_budget
+from retrofit.training.engines.replicated import ReplicatedEngine
+from retrofit.training.estimate import Layout, Parts
+from retrofit.training.loop import build_objective, train
+from retrofit.training.optimizer import build_optimizer
 from tests.faults import fail_at, out_of_memory
 from tests.training.runs import read_log, state
 
@@ -92,6 +97,36 @@ def test_where_the_trial_runs_out_of_memory_less_is_tried_and_a_resumed_run_know
     capsys.readouterr()
     assert run(make_recipe, again, "auto") == log and equal(again, tight)
     assert "auto is 167 rows, as before this start" in capsys.readouterr().err
+
+
+def test_a_step_is_cut_by_the_budget_that_was_tried(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the one that was estimated."""
+    forwards: list[int] = []
+
+    def count(where: str, step: int, subject: Any = None) -> None:
+        forwards.extend([step] if where == "forward" else [])
+
+    log = run(make_recipe, tmp_path / "number", 40, count)
+    expected, forwards[:] = list(forwards), []
+    assert len(expected) > 6
+    monkeypatch.setattr("retrofit.training.loop.try_budget", lambda found, *_: replace(found, rows=40))
+    assert run(make_recipe, tmp_path / "auto", "auto", count) == log and forwards == expected
+
+
+def test_trying_a_budget_leaves_the_model_as_it_was(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run", *OPTIONS)
+    begin = start.from_recipe(recipe, TokenStore.open(recipe.data.path))
+    objective = build_objective(recipe, begin.model.config, 0)
+    alone: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), gather=lambda value: [value])
+    engine = ReplicatedEngine(alone, bf16=False, average=False)
+    engine.prepare(begin.model, begin.read, lambda trained: build_optimizer(trained, frozenset(), recipe.optimizer))
+    found = Budget(64, LONGEST, Parts(0, 0, 0, 0, 0, 0), 0)
+    told: list[str] = []
+    assert try_budget(found, engine, objective, begin.model.config, told.append) is found
+    assert told == ["trial forward", "trial backward"] * 2
+    assert not engine.model.training and all(parameter.grad is None for _, parameter in engine.parameters)
 
 
 def test_only_the_same_engine_and_number_of_processes_take_what_was_found() -> None:

@@ -162,6 +162,15 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(make_recipe: MakeReci
     assert expected.largest(expected.total(expected.longest) - 1, 3000) == 0
 
 
+def test_the_search_is_safe_where_memory_is_not_convex_in_the_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    class Bent(Estimate):
+        def total(self, rows: int) -> int:
+            return int(1000 * rows**0.5)
+
+    expected = Bent(**vars(estimate(make_recipe(tmp_path / "run"))))
+    assert expected.total(expected.largest(40_000, 100_000)) <= 40_000
+
+
 # -------------------------------------------------------------------------------------------------------- the engines
 
 
