@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,13 @@ from .guard import EXIT_HANGING, announce, ignore_signals
 from .outcome import Outcome
 
 
-def feed(stream: Dataset[StepBatches], steps: Sequence[int], *, workers: int, pin: bool) -> Iterator[StepBatches]:
+def feed(
+    stream: Dataset[StepBatches], steps: Sequence[int], *, workers: int, pin: bool
+) -> Generator[StepBatches, None, None]:
     """`stream[step]` for each step, in order.
+
+    To be closed by who leaves it early: the workers ignore the signal by which Python ends what still lives at its own
+    end, and would be waited for without end.
 
     Args:
         workers: processes that draw steps ahead, two each; 0: steps are drawn when they are asked for.
@@ -42,11 +47,17 @@ def feed(stream: Dataset[StepBatches], steps: Sequence[int], *, workers: int, pi
         pin_memory=pin,
         generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator
     )
-    for answer in loader:
-        answer = answer.open() if isinstance(answer, _Parcel) else answer
-        if isinstance(answer, Exception):
-            raise answer
-        yield answer
+    answers = iter(loader)
+    try:
+        for answer in answers:
+            answer = answer.open() if isinstance(answer, _Parcel) else answer
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+    finally:
+        if workers:
+            # Not left to the garbage collector: the traceback of an error may hold the loader for long.
+            answers._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -301,29 +301,30 @@ class Trainer:
             self.pending = ["held_out"]
         self._measure()
         self.engine.model.train()
-        for step, batches in self._batches():
-            while self.step < step:
-                self._skip_step()
-            stop = self.take_step(batches)
-            self.watch.started()
-            stop = self._after_step(stop)
-            if stop:
-                self._save_and_stop()
+        with closing(self._feed()) as batches:
+            for step, batch in batches:
+                while self.step < step:
+                    self._skip_step()
+                stop = self.take_step(batch)
+                self.watch.started()
+                stop = self._after_step(stop)
+                if stop:
+                    self._save_and_stop()
         while self.step < section.max_steps:
             self._skip_step()
         self.finish()
 
-    def _batches(self) -> Iterator[tuple[int, StepBatches]]:
+    def _feed(self) -> Generator[tuple[int, StepBatches], None, None]:
         """(step, counted from 0, this rank's part of it) of the steps that are left, without those to be skipped."""
         section = self.recipe.training
         steps = [step for step in range(self.step, section.max_steps) if step + 1 not in section.skip_steps]
         pin = self.engine.device.type == "cuda"
-        batches = feed(self.stream, steps, workers=self.recipe.data.num_workers, pin=pin)
-        for step in steps:
-            began = time.monotonic()
-            batch = next(batches)
-            self.since_log.waiting += time.monotonic() - began
-            yield step, batch
+        with closing(feed(self.stream, steps, workers=self.recipe.data.num_workers, pin=pin)) as batches:
+            for step in steps:
+                began = time.monotonic()
+                batch = next(batches)
+                self.since_log.waiting += time.monotonic() - began
+                yield step, batch
 
     def _after_step(self, stop: bool) -> bool:
         """Logs, measures and saves what is due after a step; returns whether to stop, agreed by all ranks."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
@@ -97,13 +99,25 @@ def test_a_bug_arrives_with_the_workers_traceback() -> None:
 
 def test_a_worker_that_is_killed_ends_the_process_with_one_line(capfd: Any) -> None:
     outcome = Outcome(0)
+    before = set(multiprocessing.active_children())
     with pytest.raises(SystemExit) as stop, naming_the_lost(outcome):
-        list(feed(Stream(at_three=signal.SIGKILL), range(6), workers=1, pin=False))
+        list(feed(Stream(at_three=signal.SIGKILL), range(6), workers=2, pin=False))
+    assert set(multiprocessing.active_children()) <= before
     assert stop.value.code == 4
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("retrofit: DataLoader worker (pid")  # by the signal, or as "exited unexpectedly"
     assert "data.num_workers" in line and "start the same command again" in line
     assert outcome.reason is not None and outcome.reason in line
+
+
+def test_an_error_of_the_trainers_leaves_no_worker_behind() -> None:
+    """Python would wait for it at its end: held by the traceback, the loader ends it no sooner."""
+    before = set(multiprocessing.active_children())
+    with pytest.raises(KeyError) as raised, closing(feed(Stream(), range(50), workers=2, pin=False)) as batches:
+        for _ in batches:
+            workers = set(multiprocessing.active_children()) - before
+            raise KeyError
+    assert raised.tb is not None and len(workers) == 2 and not any(worker.is_alive() for worker in workers)
 
 
 def test_other_errors_are_not_taken_for_a_lost_worker() -> None:

@@ -344,10 +344,9 @@ def test_a_run_whose_data_worker_is_killed_says_so_in_one_line_and_can_be_starte
     make_recipe: MakeRecipe, full_run: Path, tmp_path: Path, capfd: Any
 ) -> None:
     """The worker is ahead, and another step is under way when it is gone."""
-    others = multiprocessing.active_children()  # of tests before this one, about to end
 
     def kill_worker(_: Any) -> None:
-        (worker,) = set(multiprocessing.active_children()) - set(others)
+        (worker,) = multiprocessing.active_children()
         worker.kill()
 
     run = tmp_path / "run"

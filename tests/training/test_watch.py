@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,11 @@ def test_a_directory_that_cannot_be_written_does_not_hold_up_the_end(tmp_path: P
 
 
 def test_a_store_that_never_answers_ends_the_rank_too(tmp_path: Path) -> None:
-    said, ended = list[str](), Ended()
+    said, ended, over = list[str](), Ended(), threading.Event()
 
     def connect(_: float) -> dist.Store:
-        time.sleep(60)
-        raise AssertionError
+        over.wait(60)
+        raise RuntimeError
 
     watch = Watch(
         connect, 1, 2, step_seconds=0.4, start_seconds=0.4, directory=tmp_path,
@@ -183,6 +184,7 @@ def test_a_store_that_never_answers_ends_the_rank_too(tmp_path: Path) -> None:
     )  # fmt: skip
     with watch:
         wait_for(ended, 1)
+        over.set()
     assert ended == [4] and "cannot be reached (no answer)" in said[0]
 
 
