@@ -1,7 +1,7 @@
 """Three ways to take the same training step: packed (ours), the published procedure, and the usual padded batch.
 
-All three corrupt the same documents with the same noise and run the same modules; what differs is which rows are
-computed. The published procedure (arXiv 2509.01025, its code as docs/performance.md describes it) lays every document
+All three corrupt the same documents with the same noise and run the same modules, LoRA in PEFT's own form beside ours;
+what differs is which rows are computed. The published procedure (arXiv 2509.01025, its code as docs/performance.md describes it) lays every document
 on a canvas of window + 1 positions, attends to its padding and computes logits at every position. The usual padded
 batch is the strongest way without packing: trimmed to its longest document, padding masked, logits at masks alone.
 """
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
+from retrofit.checkpoints.adapters import lora_layers
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
 from retrofit.flexmdm.packing import PackedSequences, cumulative_lengths
 from retrofit.objective import FlexMDMObjective
@@ -110,6 +111,9 @@ class Step:
 
     def __init__(self, model: FlexMDMForMaskedDiffusion, way: Way) -> None:
         self.model, self.way = model, way
+        if way is not WAYS[0]:
+            for _, layer in lora_layers(model):
+                layer.lora_variant.clear()  # PEFT's own form
         self.objective = FlexMDMObjective(model.config, seed=0)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = AdamW(self.parameters, lr=1e-4, fused=True)

@@ -110,23 +110,43 @@ def inject(model: nn.Module, settings: AdapterSettings) -> None:
     layers = dict(lora_layers(model))
     if sorted(layers) != sorted(expected):
         raise RuntimeError(f"PEFT adapted {len(layers)} modules where {len(expected)} were meant")
-    if HEAD in layers:
-        layers[HEAD].lora_variant[_NAME] = _HeadProduct()
+    for name, layer in layers.items():
+        layer.lora_variant[_NAME] = _Product(in_place=name == HEAD)
 
 
-class _HeadProduct:
-    """How PEFT is to add the factors' product to the head's: x W' + (s A(dropout x)) B', in one operation.
+@dataclass(frozen=True)
+class _Product:
+    """How PEFT is to add the factors' product: x W' + (s A(dropout x)) B', in one operation.
 
-    PEFT's own form holds three tensors of the logits' size at once, and its backward two; this holds two and one. It
-    scales the r columns of A's product, not the V of B's. Under ZeRO-3 the head gathers B as a parameter of its own.
+    PEFT's own form holds three tensors of the result's size at once, and its backward two; this holds two and one, or
+    one and one. It scales the r columns of A's product, not all of B's. Under ZeRO-3 the layer gathers B as a parameter
+    of its own.
+
+    Attributes:
+        in_place: add to the base's result itself. Not in a block, where selective checkpointing keeps that result.
     """
 
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """The head's logits [M, V]; `result` are those of the base alone, x the hidden states in the factors' dtype."""
+    in_place: bool
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """[T, n] -> [T, m]; `result` [T, m] is the base's alone, x in the factors' dtype."""
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter].weight
         thin = a(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]
-        return torch.addmm(result, thin.to(result.dtype), b.to(result.dtype).t())
+        add = result.addmm_ if self.in_place else result.addmm
+        return add(thin.to(result.dtype), b.to(result.dtype).t())
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """For PEFT's merging in memory, as are the two below: the weight with the product added."""
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
 def _peft_fields(settings: AdapterSettings) -> dict[str, Any]:
