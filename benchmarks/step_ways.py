@@ -1,9 +1,9 @@
 """Three ways to take the same training step: packed (ours), the published procedure, and the usual padded batch.
 
 All three corrupt the same documents with the same noise and run the same modules, LoRA in PEFT's own form beside ours;
-what differs is which rows are computed. The published procedure (arXiv 2509.01025, its code as docs/performance.md describes it) lays every document
-on a canvas of window + 1 positions, attends to its padding and computes logits at every position. The usual padded
-batch is the strongest way without packing: trimmed to its longest document, padding masked, logits at masks alone.
+what differs is which rows are computed. The published procedure (arXiv 2509.01025, its code) lays every document on a
+canvas of window + 1 positions, attends to its padding and computes logits at every position. The usual padded batch is
+the strongest way without packing: trimmed to its longest document, padding masked, logits at masks alone.
 """
 
 from __future__ import annotations

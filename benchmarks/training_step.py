@@ -25,7 +25,7 @@ from retrofit.training.memory import LiveBytes
 from .step_ways import WAYS, Rows, Step
 from .toy import natural_lengths, random_documents, read_texts, tokenised, toy_config, toy_model
 
-DOCUMENTS, STEPS = 4, 20
+DOCUMENTS, STEPS = 4, 40
 OURS = WAYS[0].name
 
 Figures = dict[str, dict[str, float]]  # way -> column -> figure
