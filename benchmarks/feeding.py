@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="steps between two lines about memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.directory is not None:
+        options.directory.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=options.directory))
     try:
         if options.gigabytes is None:

@@ -82,7 +82,7 @@ def draw(results: dict[str, Figures], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.55 * len(results) + 1.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.55 * len(results) + 1.8), sharey=True, layout="constrained")
     others = {"published": "#b0563b", "padded, masked": "#c9a35a"}
     for axis, column, title in zip(axes, ("CPU ms", "peak MB"), ("time of a step", "peak memory"), strict=True):
         for place, (name, colour) in enumerate(others.items()):
@@ -96,7 +96,7 @@ def draw(results: dict[str, Figures], path: Path) -> None:
         axis.margins(x=0.12)
     axes[0].set_yticks(range(len(results)), list(results))
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
