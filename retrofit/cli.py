@@ -338,6 +338,24 @@ def _train(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------- validate, estimate and verify
 
 
+def _positive(text: str) -> float:
+    """A positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
+    return number
+
+
+def _count(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdecimal() or not 0 < int(text) < 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, found {text!r}")
+    return int(text)
+
+
 def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; --section.field VALUE as for train")
     parser.add_argument("--launch", metavar="FILE", type=Path, help="accelerate config (default: one process)")
@@ -345,7 +363,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
         "--num_processes",
         "--num-processes",
         metavar="N",
-        type=int,
+        type=_count,
         help="processes of all machines (default: FILE's)",
     )
 
@@ -360,7 +378,7 @@ def _validate(options: argparse.Namespace) -> None:
 def _add_estimate(parser: argparse.ArgumentParser) -> None:
     _add_launch(parser)
     parser.add_argument(
-        "--memory", metavar="GB", type=float, help="of one device, in 1e9 bytes (default: this machine's)"
+        "--memory", metavar="GB", type=_positive, help="of one device, in 1e9 bytes (default: this machine's)"
     )
 
 

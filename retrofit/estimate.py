@@ -70,7 +70,7 @@ def estimate(
     most = pointless_beyond(recipe, found.longest, layout.ranks)
     largest = found.largest(fillable, most)
     asked = recipe.training.max_tokens_per_device
-    rows = (largest or found.longest) if asked == "auto" else asked
+    rows = (largest or found.longest) if asked == "auto" else min(asked, most)
     parts = found.parts(rows)
     print(f"\none rank, with a micro-batch of {rows:,} rows, all of them masks:")
     _print_parts(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,21 @@ def test_a_model_that_is_not_here_is_refused_with_the_remedy(
     assert "nobody/nothing has not been downloaded to this machine; its config.json alone will do" in said
     assert main(["estimate", str(recipe), f"--model.init_from={tmp_path}/absent/model"]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_is_not_estimated(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(recipe), "--training.max_tokens_per_device", "99999999999999999999"]) == 0
+    said = capsys.readouterr().out
+    largest = re.search(r"max_tokens_per_device: (\d+); a step has no more for a rank", said)
+    assert largest and f"a micro-batch of {int(largest[1]):,} rows" in said
+
+
+@pytest.mark.parametrize("option", ["--memory", "--num_processes"])
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf", "1e300", "x"])
+def test_numbers_that_are_none_are_refused(
+    option: str, value: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", str(recipe), f"{option}={value}"]) == 2
+    assert (
+        f"expected a positive {'number' if option == '--memory' else 'whole number'}, found" in capsys.readouterr().err
+    )

@@ -136,8 +136,12 @@ class _Product:
         return add(thin.to(result.dtype), b.to(result.dtype).t())
 
     @staticmethod
+    def supports_lora_conversion() -> bool:
+        return False
+
+    @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """For PEFT's merging in memory, as are the two below: the weight with the product added."""
+        """For PEFT's merging in memory, as the two below are: the weight with the product added."""
         return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod

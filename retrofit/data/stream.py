@@ -197,7 +197,11 @@ class StepStream(Dataset[StepBatches]):
                 f"training.max_tokens_per_device: {self.max_tokens_per_device} tokens hold no document of "
                 f"{max(lengths)}; raise it, or preprocess with a smaller --max-length"
             )
-        rounds = max(self.micro_batches, -(-sum(lengths) // (self.max_tokens_per_device * self.world_size)))
+        # Of documents longer than a k-th of the budget, no more than k - 1 go into one bin.
+        budget, at_least = self.max_tokens_per_device, -(-sum(lengths) // self.max_tokens_per_device)
+        for k in range(2, 9):
+            at_least = max(at_least, -(-sum(k * length > budget for length in lengths) // (k - 1)))
+        rounds = max(self.micro_batches, -(-at_least // self.world_size))
         while True:
             bins = balance(lengths, rounds * self.world_size)
             if max(sum(lengths[i] for i in rows) for rows in bins) <= self.max_tokens_per_device:

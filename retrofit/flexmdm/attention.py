@@ -172,8 +172,9 @@ def padding(packed: PackedSequences, backend: str, *, uniform: bool) -> int:
     lengths = packed.without_empty.host_lengths
     if backend != "padded" or not lengths:
         return 0
-    groups = [lengths] if uniform else alike(lengths)
-    return sum(len(group) * max(group) - sum(group) for group in groups)
+    if uniform:
+        return max(2, len(lengths)) * max(2, *lengths) - sum(lengths)
+    return sum(len(group) * max(group) - sum(group) for group in alike(lengths))
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -103,6 +103,10 @@ class Power(Schedule):
     def derivative(self, t: Tensor) -> Tensor:
         return self.exponent * (1 - t.double()) ** (self.exponent - 1)
 
+    def hazard(self, t: Tensor) -> Tensor:
+        # Of large exponents derivative and survival are both 0 long before the end.
+        return self.exponent / (1 - t.double().clamp(max=_LAST_TIME))
+
     def inverse_survival(self, s: Tensor) -> Tensor:
         return 1 - s.double() ** (1 / self.exponent)
 

@@ -48,6 +48,9 @@ class TimeDensity:
 IMPORTANCE = 0.25
 """Share of the draws that follow the gradient's size; measured by benchmarks/gradient_variance.py."""
 
+_TINY = 1e-300
+"""Where fewer tokens than this are not yet unmasked, there are no masks to speak of."""
+
 UNIFORM = TimeDensity(*2 * [torch.tensor([0.0, 1.0], dtype=torch.float64)])
 """t = u, and all weights are 1."""
 
@@ -65,7 +68,7 @@ def mask_probability(schedules: Schedules, edges: Tensor) -> Tensor:
     """
     middle, survival = (edges[1:] + edges[:-1]) / 2, schedules.unmasking.survival
     alpha = schedules.alpha(edges)
-    gained = alpha.diff() / survival(middle)
+    gained = alpha.diff() / survival(middle).clamp(min=_TINY)
     return survival(middle) * (alpha[0] / survival(edges[0]) + gained.cumsum(0) - gained / 2)
 
 

@@ -20,7 +20,7 @@ from retrofit.recipe import Recipe
 from .engines.base import Engine
 from .estimate import Estimate, Layout, Parts, largest_batch, longest_document, pointless_beyond
 from .guard import announce
-from .memory import usable_memory
+from .memory import is_out_of_memory, usable_memory
 from .preflight import gigabytes
 from .processes import Processes
 from .start import Start
@@ -35,12 +35,14 @@ class Budget:
     Attributes:
         rows: the budget.
         longest: rows of the longest document: no budget is smaller.
-        parts: the estimate it was found by; None where it was given.
+        automatic: whether it was found rather than given, and so has to be tried.
+        parts: the estimate it was found by at this start, or None.
         usable: bytes that a rank may fill.
     """
 
     rows: int
     longest: int
+    automatic: bool = False
     parts: Parts | None = None
     usable: int = 0
 
@@ -92,11 +94,11 @@ def choose_budget(
     if asked != "auto":
         return Budget(asked, longest)
     layout = layout_of(processes, deepspeed)
-    found = None if record is None else _recorded(record, layout)
+    found = None if record is None else _recorded(record, recipe, layout)
     if found is not None:
         if processes.is_main:
             announce(f"max_tokens_per_device: auto is {found:,} rows, as before this start")
-        return Budget(found, longest)
+        return Budget(found, longest, automatic=True)
     usable = min(processes.gather(usable_memory(processes.device, layout.local_ranks)))
     estimate = Estimate.of(recipe, begin, objective, store, layout)
 
@@ -109,16 +111,20 @@ def choose_budget(
                 f"{gigabytes(parts.total)} a rank, which may fill {gigabytes(usable)}; set "
                 "training.gradient_checkpointing: true, shard over more ranks (launch/), or give a number to try it"
             )
-        return Budget(rows, longest, parts, usable)
+        return Budget(rows, longest, True, parts, usable)
 
     return processes.on_main(find)
 
 
-def _recorded(record: Mapping[str, Any], layout: Layout) -> int | None:
-    """What the run found before, if it still computes alike."""
+_DECIDE_MEMORY = ("max_tokens_per_device", "gradient_checkpointing", "attention", "compile", "bf16")
+
+
+def _recorded(record: Mapping[str, Any], recipe: Recipe, layout: Layout) -> int | None:
+    """What the run found before, if it still takes as much memory. Another device may have less: it is tried again."""
     same = (record["engine"], record["world_size"]) == (layout.engine, layout.ranks)
-    was_auto = record["recipe"]["training"]["max_tokens_per_device"] == "auto"
-    return record["max_tokens_per_device"] if same and was_auto else None
+    before, now = record["recipe"]["training"], asdict(recipe.training)
+    same &= all(before.get(name) == now[name] for name in _DECIDE_MEMORY)
+    return record["max_tokens_per_device"] if same else None
 
 
 def try_budget(budget: Budget, engine: Engine, objective: Objective, config: Any, at: Callable[[str], None]) -> Budget:
@@ -140,7 +146,7 @@ def try_budget(budget: Budget, engine: Engine, objective: Objective, config: Any
         ValueError: memory does not suffice for the longest document, or after some trials, or in a backward after which
             the engine cannot go on.
     """
-    if budget.parts is None:
+    if not budget.automatic:
         return budget
     processes = engine.processes
     for trial in range(1, _TRIALS + 1):
@@ -177,6 +183,7 @@ def _try_step(budget: Budget, engine: Engine, objective: Objective, config: Any,
     engine.model.eval()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return failed
 
 
@@ -194,7 +201,7 @@ def _out_of_memory(
             place = "backward"
             engine.backward(torch.stack([term.sum() for term in terms.values()]).sum())
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return place
     return ""

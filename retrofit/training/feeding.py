@@ -43,6 +43,7 @@ def feed(
         batch_size=None,
         sampler=steps,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
         worker_init_fn=ignore_signals,
         pin_memory=pin,
         generator=torch.Generator(),  # or the loader would draw its seed from dropout's generator

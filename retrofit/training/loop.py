@@ -49,6 +49,7 @@ from .guard import (
 )
 from .keeper import Keeper, NotFiniteError
 from .log import Progress, Tracker, describe_loss, open_trackers
+from .memory import is_out_of_memory
 from .opening import (
     Request,
     check_base,
@@ -304,15 +305,30 @@ class Trainer:
         with closing(self._feed()) as batches:
             for step, batch in batches:
                 while self.step < step:
-                    self._skip_step()
-                stop = self.take_step(batch)
+                    if self._skip_step():
+                        self._save_and_stop()
+                try:
+                    stop = self.take_step(batch)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise self._out_of_memory(batch) from error
+                    raise
                 self.watch.started()
                 stop = self._after_step(stop)
                 if stop:
                     self._save_and_stop()
         while self.step < section.max_steps:
-            self._skip_step()
+            if self._skip_step():
+                self._save_and_stop()
         self.finish()
+
+    def _out_of_memory(self, batch: StepBatches) -> ValueError:
+        rows = max(micro_batch.num_tokens for micro_batch in batch.micro_batches)
+        return ValueError(
+            f"step {self.step + 1}: rank {self.processes.rank} is out of memory; its micro-batches have up to {rows} "
+            f"rows: give less than that as training.max_tokens_per_device (now {self.budget.rows}) or set "
+            "training.gradient_checkpointing: true, and start again"
+        )
 
     def _feed(self) -> Generator[tuple[int, StepBatches], None, None]:
         """(step, counted from 0, this rank's part of it) of the steps that are left, without those to be skipped."""
@@ -367,8 +383,11 @@ class Trainer:
         self._close()
         raise Preempted
 
-    def _skip_step(self) -> None:
-        """Passes over a step that the recipe names: its documents count as seen, and nothing is updated."""
+    def _skip_step(self) -> bool:
+        """Passes over a step that the recipe names: its documents count as seen, and nothing is updated.
+
+        Returns whether to stop after it, agreed by all ranks.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a schedule that moves on without an update is meant here
             self.scheduler.step()
@@ -378,7 +397,7 @@ class Trainer:
         if self.processes.is_main:
             draws = self.stream.ordinals(self.step - 1).tolist()
             self.run.append({"step": self.step, "kind": "skipped", "draws": [draws[0], draws[-1]]})
-        self._after_step(stop=False)
+        return self._after_step(stop=self.processes.any(self.guard.received is not None))
 
     def take_step(self, step: StepBatches) -> bool:
         """One optimizer step over this rank's part of it; returns whether the ranks agreed to stop after it.

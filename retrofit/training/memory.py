@@ -141,3 +141,8 @@ def _limit_of(folder: Path, limit: str, used: str, cached: str) -> list[tuple[in
     except (OSError, ValueError):
         return []
     return [] if most == "max" else [(int(most), now - int(fields.get(cached, 0)))]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,5 +1,6 @@
 """A step is a function of recipe and step alone; ranks, workers and the budget only decide who computes what."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -163,3 +164,17 @@ def test_a_large_store_has_an_order_too_that_no_one_makes_as_a_whole(monkeypatch
     order = document_order(torch.arange(2 * size), size, seed=1).view(2, size)
     assert torch.equal(order.sort(1).values, torch.arange(size).expand(2, size))
     assert (order[0] == order[1]).sum() < 20  # 1 expected
+
+
+@pytest.mark.parametrize("length", [513, 350, 129])
+def test_documents_of_an_unlucky_length_are_cut_at_the_first_try(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two, three or eight of them do not fit one bin of 1,024, though by their sum they nearly would."""
+    tries: list[int] = []
+
+    def counted(lengths: Sequence[int], bins: int) -> list[list[int]]:
+        tries.append(bins)
+        return balance(lengths, bins)
+
+    monkeypatch.setattr("retrofit.data.stream.balance", counted)
+    bins = stream(max_tokens_per_device=1024, world_size=2).cut([length] * 840)
+    assert tries == [len(bins)] == [840 // (1024 // length)]

@@ -17,11 +17,13 @@ from tests.exact_model import MASK, PAD, ExactModel, FiniteData, minimum_loss
 from tests.exact_model import mask_probability as integrated_mask_probability
 from tests.exact_runs import LAWS, SCHEDULES, Estimate
 
+STEEP = "too steep for float64"
 ALL_SCHEDULES = {
     **SCHEDULES,
     "geometric, both": Schedules(Geometric(), Geometric()),
     "a jump at 0": Schedules(Geometric(sigma_max=2.0), Linear()),
     "steep": Schedules(Power(9.0), Power(2.0), alpha_end=1.0),
+    STEEP: Schedules(Linear(), Power(200.0)),
     "insertion ends early": Schedules(Linear(), Linear(), alpha_end=0.3),
 }
 each_schedules = pytest.mark.parametrize("schedules", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
@@ -66,8 +68,9 @@ def test_uniform_leaves_u_as_it_is() -> None:
     assert torch.equal(t, u) and torch.equal(weights, torch.ones_like(u))
 
 
-@each_schedules
-def test_probability_of_a_mask_is_that_of_the_interpolant(schedules: Schedules) -> None:
+@pytest.mark.parametrize("name", ALL_SCHEDULES.keys() - {STEEP})  # for which the guess is a rough one
+def test_probability_of_a_mask_is_that_of_the_interpolant(name: str) -> None:
+    schedules = ALL_SCHEDULES[name]
     edges = bin_edges()
     found = mask_probability(schedules, edges)
     middle = (edges[1:] + edges[:-1]) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,9 @@ from retrofit.data.store import TokenStore
 from retrofit.probe import Probe, no_probe
 from retrofit.recipe import Recipe, load_recipe
 from retrofit.training import budget, start
-from retrofit.training.budget import Budget, _recorded, try_budget
+from retrofit.training.budget import Budget, _recorded, choose_budget, try_budget
 from retrofit.training.engines.replicated import ReplicatedEngine
-from retrofit.training.estimate import Layout, Parts
+from retrofit.training.estimate import Layout
 from retrofit.training.loop import build_objective, train
 from retrofit.training.optimizer import build_optimizer
 from tests.faults import fail_at, out_of_memory
@@ -122,20 +122,44 @@ def test_trying_a_budget_leaves_the_model_as_it_was(make_recipe: MakeRecipe, tmp
     alone: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), gather=lambda value: [value])
     engine = ReplicatedEngine(alone, bf16=False, average=False)
     engine.prepare(begin.model, begin.read, lambda trained: build_optimizer(trained, frozenset(), recipe.optimizer))
-    found = Budget(64, LONGEST, Parts(0, 0, 0, 0, 0, 0), 0)
+    found = Budget(64, LONGEST, automatic=True)
     told: list[str] = []
+    masks: list[int] = []
+    head = engine.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: masks.append(len(inputs[0])))
     assert try_budget(found, engine, objective, begin.model.config, told.append) is found
-    assert told == ["trial forward", "trial backward"] * 2
+    assert told == ["trial forward", "trial backward"] * 2 and masks == [64, 64]  # all rows are masks
     assert not engine.model.training and all(parameter.grad is None for _, parameter in engine.parameters)
 
 
-def test_only_the_same_engine_and_number_of_processes_take_what_was_found() -> None:
-    record = {"engine": "zero2", "world_size": 4, "max_tokens_per_device": 77}
-    auto, number = ({"training": {"max_tokens_per_device": value}} for value in ("auto", 77))
-    assert _recorded({**record, "recipe": auto}, Layout("zero2", 4)) == 77
-    assert _recorded({**record, "recipe": auto}, Layout("zero3", 4)) is None
-    assert _recorded({**record, "recipe": auto}, Layout("zero2", 8)) is None
-    assert _recorded({**record, "recipe": number}, Layout("zero2", 4)) is None
+def test_only_a_run_that_computes_alike_takes_what_was_found(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run", "--training.max_tokens_per_device=auto")
+    before = asdict(recipe)
+    record = {"engine": "zero2", "world_size": 4, "max_tokens_per_device": 77, "recipe": before}
+    assert _recorded(record, recipe, Layout("zero2", 4)) == 77
+    assert _recorded(record, recipe, Layout("zero3", 4)) is None
+    assert _recorded(record, recipe, Layout("zero2", 8)) is None
+    for name, value in (("max_tokens_per_device", 77), ("gradient_checkpointing", "selective"), ("bf16", True)):
+        other = {**before, "training": {**before["training"], name: value}}
+        assert _recorded({**record, "recipe": other}, recipe, Layout("zero2", 4)) is None
+
+
+def test_the_rank_with_the_least_memory_decides(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path / "run", "--training.max_tokens_per_device=auto", "--training.documents_per_step=4096"
+    )
+    store = TokenStore.open(recipe.data.path)
+
+    def choose(*others: int) -> Budget:
+        begin = start.from_recipe(recipe, store)
+        ranks: Any = SimpleNamespace(
+            kind="ddp", world_size=1, device=torch.device("cpu"), is_main=True,
+            gather=lambda value: [value, *others], on_main=lambda find: find(),
+        )  # fmt: skip
+        return choose_budget(recipe, begin, build_objective(recipe, begin.model.config, 0), store, ranks, None, None)
+
+    ample, tight = choose(1 << 50), choose(2 << 20)
+    assert tight.usable == 2 << 20 and tight.rows < ample.rows and tight.automatic
 
 
 @pytest.mark.parametrize(

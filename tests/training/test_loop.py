@@ -24,10 +24,12 @@ from retrofit.checkpoints.weights import materialise
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepStream
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion
+from retrofit.flexmdm.attention import padding
 from retrofit.recipe import Recipe
 from retrofit.training import start
 from retrofit.training.loop import build_objective, train
-from tests.faults import disk_full, fail_at
+from retrofit.training.throughput import UsefulFlops, Work
+from tests.faults import disk_full, fail_at, out_of_memory
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -359,6 +361,44 @@ def test_a_run_whose_data_worker_is_killed_says_so_in_one_line_and_can_be_starte
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 4
     train(recipe)
     assert_equal_runs(run, full_run)
+
+
+def test_the_log_adds_up_all_micro_batches_of_all_its_steps(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Tokens, slots, padding and useful FLOPs, against the stream's own micro-batches."""
+    run = tmp_path / "run"
+    recipe = make_recipe(run, "--training.max_tokens_per_device=32", "--training.logging_steps=3")
+    train(recipe)
+    model = load_model(run / "final")[0]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    flops = UsefulFlops(model.config, shapes, list(shapes))
+    section, store = recipe.training, TokenStore.open(recipe.data.path)
+    stream = StepStream(
+        store, build_objective(recipe, model.config, section.seed), seed=section.seed,
+        documents_per_step=section.documents_per_step, time_strata=section.documents_per_step,
+        max_tokens_per_device=32, max_steps=6,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line, steps in zip(lines, (range(3), range(3, 6)), strict=True):
+        batches = [batch for step in steps for batch in stream[step].micro_batches]
+        assert len(batches) > 6
+        padded = sum(padding(batch.packed, "padded", uniform=False) for batch in batches)
+        assert padded > 0 and line["padding_per_step"] == pytest.approx(padded / 3)
+        assert line["slots_per_step"] == 8
+        assert line["tokens_per_step"] == pytest.approx(sum(batch.num_tokens for batch in batches) / 3 - 8)
+        useful = sum(flops(Work.of(batch)) for batch in batches)
+        # The time conditioning's rows are a step's documents, however they are cut.
+        assert 3 * line["tflops_per_second"] * line["seconds_per_step"] * 1e12 == pytest.approx(useful, rel=1e-9)
+
+
+def test_out_of_memory_in_a_step_is_one_line_with_the_remedy(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"step 3: rank 0 is out of memory; .* up to \d+ rows: .*max_tokens_per_device"
+    ):
+        train(recipe, probe=fail_at(0, 3, "backward", out_of_memory))
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["exit_code"] == 2
 
 
 def test_the_first_step_is_the_loss_over_documents_times_window_and_its_clipped_update(

@@ -68,6 +68,13 @@ def test_two_ranks_train_as_one_does(root: Path, name: str) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
+def test_the_log_says_how_even_the_ranks_are(root: Path) -> None:
+    """Of a step's only document, one rank computes all rows and the other none."""
+    for run, imbalance in (("an_empty_rank", 2.0), ("an_empty_rank-alone", 1.0)):
+        found = {line["imbalance"] for line in read_log(root / run) if line["kind"] == "train"}
+        assert found == {imbalance}
+
+
 @pytest.mark.parametrize(("name", "resumed"), [("full", "full-signalled"), ("lora", "lora-copy")])
 def test_a_resumed_run_of_two_ranks_is_the_uninterrupted_one_bit_for_bit(root: Path, name: str, resumed: str) -> None:
     whole, again = state(root / name), state(root / resumed)
