@@ -191,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
             "verify", _verify, "say which checkpoints of a run are good, and why others are not", "retrofit verify run"
         )
     )
+    _add_check(verb("check", _check, "say whether a folder will load, and if not why", "retrofit check LLaDA-8B-Base"))
     _add_generate(
         verb(
             "generate",
@@ -393,6 +394,16 @@ def _verify(options: argparse.Namespace) -> None:
     from retrofit.checkpoints.verify import verify
 
     verify(options.path)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="run, checkpoint, adapter or model directory")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from retrofit.checkpoints.check import check
+
+    check(options.path)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate

@@ -19,6 +19,7 @@ VERBS = (
     "validate",
     "estimate",
     "verify",
+    "check",
     "generate",
     "evaluate",
     "import-reference",

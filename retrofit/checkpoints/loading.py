@@ -322,7 +322,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, config=PreTrainedConfig())
     except Exception as error:  # the tokenizers library has none of its own; all mean the same to the user
         raise ValueError(f"{directory}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
-    rows, vocabulary = model_config(source).vocab_size, tokenizer.get_vocab()
+    config = model_config(source)
+    for name in ("mask_token_id", "pad_token_id", "eos_token_id"):
+        theirs, ours = getattr(tokenizer, name, None), getattr(config, name)
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{directory}: {name} is {theirs} in tokenizer_config.json and {ours} in config.json; mend one of them"
+            )
+    rows, vocabulary = config.vocab_size, tokenizer.get_vocab()
     last = max(vocabulary, key=lambda token: vocabulary[token])
     if vocabulary[last] >= rows:
         raise ValueError(
