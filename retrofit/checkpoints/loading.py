@@ -287,9 +287,15 @@ def model_config(source: Source) -> LLaDAConfig:
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a model configuration ({error})") from error
     classes: dict[Any, type[LLaDAConfig]] = {"llada": LLaDAConfig, "flexmdm": FlexMDMConfig}
-    if model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in classes:
         raise ValueError(f"{path}: model_type is {model_type!r}; only llada and flexmdm are supported")
-    return classes[model_type].from_dict(values)
+    try:
+        return classes[model_type].from_dict(values)
+    except ValueError:
+        raise
+    except Exception as error:  # transformers' checks of the fields that every model has raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: a field that is no value of its kind ({reason})") from error
 
 
 def _has_config(folder: Path) -> bool:

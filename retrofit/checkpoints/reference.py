@@ -7,10 +7,8 @@ or schedule: the first two are the base model's, and the last has to be told.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,7 @@ from torch import Tensor
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.llada import refuse_misfits
 
-from . import loading
+from . import checkpoint, loading
 from .adapters import merged
 from .weights import TensorFiles, Weights, weight_files, write_files, write_weights
 
@@ -117,15 +115,13 @@ def import_reference(
         )
     weights = _weights(source, config, published, origin, lora_alpha)
     config.dtype = weights.dtypes["model.transformer.wte.weight"]  # the base's may be of another
-    temporary = dest.parent / f".{dest.name}.writing-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
-        config.save_pretrained(temporary)
-        write_weights(temporary, weights)
-        write_files(temporary, dict(loading.tokenizer_files(origin)))
-        os.rename(temporary, dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(directory: Path) -> None:
+        config.save_pretrained(directory)
+        write_weights(directory, weights)
+        write_files(directory, dict(loading.tokenizer_files(origin)))
+
+    checkpoint.write_directory(dest, write)
     what = f"a FlexMDM, insertion schedule {insertion_schedule}" if isinstance(config, FlexMDMConfig) else "a LLaDA"
     count = sum(shape.numel() for shape in weights.shapes.values())
     return f"{dest}: {what}, {count:,} parameters, {len(published.factors)} LoRA products merged"
