@@ -191,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
             "verify", _verify, "say which checkpoints of a run are good, and why others are not", "retrofit verify run"
         )
     )
+    _add_check(verb("check", _check, "say whether a folder will load, and if not why", "retrofit check LLaDA-8B-Base"))
     _add_generate(
         verb(
             "generate",
@@ -205,6 +206,14 @@ def build_parser() -> argparse.ArgumentParser:
             _evaluate,
             "score a checkpoint",
             "retrofit evaluate run/final --task loss --data store --output scores",
+        )
+    )
+    _add_import_reference(
+        verb(
+            "import-reference",
+            _import_reference,
+            "make a checkpoint of the published FlexMDM code ours",
+            "retrofit import-reference pytorch_model.bin imported --base GSAI-ML/LLaDA-8B-Base",
         )
     )
     _add_env(verb("env", _env, "print versions, hardware and source revision", "retrofit env --json"))
@@ -405,6 +414,16 @@ def _verify(options: argparse.Namespace) -> None:
     verify(options.path)
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="run, checkpoint, adapter or model directory")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from retrofit.checkpoints.check import check
+
+    check(options.path)
+
+
 # ------------------------------------------------------------------------------------------------------------- generate
 
 
@@ -488,6 +507,36 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ env
+
+
+def _add_import_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=".bin or .safetensors file, or a directory of them")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="directory to write, LoRA merged")
+    parser.add_argument("--base", help="LLaDA that was fine-tuned: directory or Hub id (default: SOURCE itself)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--insertion-schedule",
+        choices=("geometric", "linear"),
+        default="geometric",
+        help="that it was trained with, which no file says; the published training code draws from the geometric one",
+    )
+    parser.add_argument("--lora-alpha", type=float, help="of the LoRA factors (default: their rank, as the paper's)")
+    parser.add_argument("--max-gap", type=float, default=1024.0, help="factor of the length head's softplus")
+
+
+def _import_reference(options: argparse.Namespace) -> None:
+    from retrofit.checkpoints.reference import import_reference
+
+    written = import_reference(
+        options.source,
+        options.dest,
+        base=options.base,
+        revision=options.revision,
+        insertion_schedule=options.insertion_schedule,
+        lora_alpha=options.lora_alpha,
+        max_gap=options.max_gap,
+    )
+    print(f"written   {written}")
 
 
 def _add_env(parser: argparse.ArgumentParser) -> None:

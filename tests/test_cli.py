@@ -12,7 +12,19 @@ import pytest
 from retrofit import cli
 from retrofit.environment import environment, git_state
 
-VERBS = ("init", "preprocess", "train", "validate", "estimate", "verify", "generate", "evaluate", "env")
+VERBS = (
+    "init",
+    "preprocess",
+    "train",
+    "validate",
+    "estimate",
+    "verify",
+    "check",
+    "generate",
+    "evaluate",
+    "import-reference",
+    "env",
+)
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 RECIPE = """\
 model: {init_from: llada}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -38,18 +38,24 @@ class AdapterSettings:
     Attributes:
         target_modules: names as the user gave them. A name without dots stands for the linear map of that name in every
             block; a full path for one module.
+        rank_pattern, alpha_pattern: other ranks and alphas of some targets, as PEFT has them (adapters made elsewhere).
     """
 
     r: int
     lora_alpha: float
     lora_dropout: float
     target_modules: tuple[str, ...]
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def difference(self, other: AdapterSettings) -> str | None:
         """What keeps factors of this shape from being continued as the other, or None. Dropout is free to differ."""
         for name in ("r", "lora_alpha"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name} is {getattr(self, name):g} and {getattr(other, name):g}"
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name} is {dict(getattr(self, name))} and {dict(getattr(other, name))}"
         if set(self.target_modules) != set(other.target_modules):
             return f"target_modules are {sorted(self.target_modules)} and {sorted(other.target_modules)}"
         return None
@@ -163,6 +169,8 @@ def _peft_fields(settings: AdapterSettings) -> dict[str, Any]:
         "target_modules": list(settings.target_modules),
         "exclude_modules": [HEAD] if HEAD.rpartition(".")[2] in settings.target_modules and not has_head else None,
         "bias": "none",
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
     }
 
 
@@ -265,12 +273,14 @@ def read_adapter_config(directory: Path) -> tuple[AdapterSettings, str | None, s
             lora_alpha=config["lora_alpha"],
             lora_dropout=config.get("lora_dropout") or 0.0,
             target_modules=tuple(config["target_modules"]),
+            rank_pattern=dict(config.get("rank_pattern") or {}),
+            alpha_pattern=dict(config.get("alpha_pattern") or {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a LoRA configuration of PEFT ({error})") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    unsupported = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias")
+    unsupported = ("use_dora", "use_rslora", "layers_to_transform", "lora_bias")
     for name in unsupported:
         if config.get(name):
             raise ValueError(f"{path}: {name} is set, which is not supported; merge the adapter with PEFT first")

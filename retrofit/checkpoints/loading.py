@@ -287,9 +287,15 @@ def model_config(source: Source) -> LLaDAConfig:
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a model configuration ({error})") from error
     classes: dict[Any, type[LLaDAConfig]] = {"llada": LLaDAConfig, "flexmdm": FlexMDMConfig}
-    if model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in classes:
         raise ValueError(f"{path}: model_type is {model_type!r}; only llada and flexmdm are supported")
-    return classes[model_type].from_dict(values)
+    try:
+        return classes[model_type].from_dict(values)
+    except ValueError:
+        raise
+    except Exception as error:  # transformers' checks of the fields that every model has raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: a field that is no value of its kind ({reason})") from error
 
 
 def _has_config(folder: Path) -> bool:
@@ -322,7 +328,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, config=PreTrainedConfig())
     except Exception as error:  # the tokenizers library has none of its own; all mean the same to the user
         raise ValueError(f"{directory}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
-    rows, vocabulary = model_config(source).vocab_size, tokenizer.get_vocab()
+    config = model_config(source)
+    for name in ("mask_token_id", "pad_token_id", "eos_token_id"):
+        theirs, ours = getattr(tokenizer, name, None), getattr(config, name)
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{directory}: {name} is {theirs} in tokenizer_config.json and {ours} in config.json; mend one of them"
+            )
+    rows, vocabulary = config.vocab_size, tokenizer.get_vocab()
     last = max(vocabulary, key=lambda token: vocabulary[token])
     if vocabulary[last] >= rows:
         raise ValueError(

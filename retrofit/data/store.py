@@ -138,6 +138,8 @@ class Manifest:
         for name, split in values["splits"].items():
             lengths = [(int(upper), int(count)) for upper, count in split["lengths"]]
             splits[name] = SplitRecord(**{**split, "lengths": lengths})
+            for array in ARRAYS:
+                int(split["bytes"][array])
         values["splits"] = splits
         return cls(**values)
 

@@ -377,7 +377,7 @@ def check_weight_files(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: holds neither model.safetensors nor model.safetensors.index.json")
     try:
         with open(index, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
+            shards = sorted({str(shard) for shard in json.load(file)["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index}: is not a safetensors index ({error})") from error
     for shard in shards:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrofit.checkpoints import adapters
+from retrofit.checkpoints import adapters, loading
 from retrofit.checkpoints.adapters import HEAD, AdapterSettings
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAConfig, LLaDAForMaskedDiffusion
 from tests.saves import save_adapter
@@ -187,6 +187,43 @@ def test_the_head_s_product_is_peft_s_and_makes_no_other_tensor_of_its_size(toy:
     for one, two in zip(ours, theirs, strict=True):
         assert one.dtype == two.dtype
         assert (one - two).norm() <= (1e-6 if dtype == torch.float32 else 8e-3) * two.norm()
+
+
+def test_what_plain_peft_saved_is_loaded_with_its_patterns_and_saved_alike(toy: Path, tmp_path: Path) -> None:
+    """A PEFT model of the base with ranks and alphas of its own in some layers, against the same outputs from ours."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(3)
+    base = LLaDAForMaskedDiffusion.from_pretrained(toy / "model")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
+        rank_pattern={"blocks.1.q_proj": 2}, alpha_pattern={"v_proj": 3},
+    )  # fmt: skip
+    theirs = get_peft_model(base, config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "peft")
+    saved = json.loads((tmp_path / "peft" / adapters.CONFIG_FILE).read_text())
+    (tmp_path / "peft" / adapters.CONFIG_FILE).write_text(
+        json.dumps({**saved, "base_model_name_or_path": str(toy / "model")})
+    )
+    tokens = torch.tensor([[5, 258, 7, 258]])
+    with torch.no_grad():
+        expected = theirs.eval()(tokens).logits
+        ours = loading.load_source(loading.resolve(tmp_path / "peft"))
+        torch.testing.assert_close(ours(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    layers = dict(adapters.lora_layers(ours))
+    assert layers["model.transformer.blocks.1.q_proj"].lora_A["default"].weight.shape[0] == 2
+    assert layers["model.transformer.blocks.0.v_proj"].scaling["default"] == 3 / 4
+
+    settings, _, _ = adapters.read_adapter_config(tmp_path / "peft")
+    weights = {name: ours.get_parameter(name) for name in adapters.adapter_names(ours)}
+    save_adapter(tmp_path / "again", weights, settings, base_model=str(toy / "model"), base_revision=None)
+    again = PeftModel.from_pretrained(LLaDAForMaskedDiffusion.from_pretrained(toy / "model"), tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (settings.difference(AdapterSettings(4, 8.0, 0.0, ("q_proj", "v_proj"))) or "").startswith("rank_pattern")
 
 
 def test_peft_merges_and_unmerges_a_live_model(toy: Path) -> None:
