@@ -128,6 +128,7 @@ class LLaDAConfig(PretrainedConfig):
             "tie_word_embeddings",
             "transformers_version",
             "attn_implementation",
+            "experts_implementation",  # transformers 5.0 gives it to every configuration
         }
         for name, value in flags.items():
             if name in _FIXED:

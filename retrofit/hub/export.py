@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import retrofit.flexmdm
 from retrofit.checkpoints import loading
+from retrofit.checkpoints.loading import Source
 from retrofit.checkpoints.weights import Files, write_files
 from retrofit.data.tiny import released_config
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
@@ -54,7 +55,7 @@ def export(
         plain = base_only or not isinstance(loading.model_config(source), FlexMDMConfig)
         model, weights = whole(source, None if dtype is None else DTYPES[dtype], NEW_MODULES if plain else ())
         with new_directory(dest) as directory:
-            write_files(directory, loading.tokenizer_files(source))
+            write_files(directory, _tokenizer_files(source))
             write_files(directory, _plain_files(model.config) if plain else _flexmdm_files(model.config))
             write_whole(directory, weights, most)
     kind = "a plain LLaDA" if plain else "a FlexMDM"
@@ -80,6 +81,14 @@ def _plain_files(config: LLaDAConfig) -> Files:
     fields = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     fields |= {"torch_dtype": str(config.dtype).removeprefix("torch."), "auto_map": LLADA_AUTO_MAP}
     return {"config.json": (json.dumps(released_config(**fields), indent=2) + "\n").encode(), **_code("llada.py")}
+
+
+def _tokenizer_files(source: Source) -> Files:
+    """The tokenizer's files, by the class name that every version of transformers knows."""
+    files = loading.tokenizer_files(source)
+    settings = files.get("tokenizer_config.json", b"")
+    files["tokenizer_config.json"] = settings.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
+    return {name: content for name, content in files.items() if content}
 
 
 def _code(entry: str) -> dict[str, bytes]:
