@@ -58,13 +58,16 @@ def write_tensors(
     def blocks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name in names:
-            if tensors[name].numel():
-                values = tensors[name] if read is None else read(name)
-                raw = memoryview(values.view(-1).view(torch.uint8).numpy().data)
-                for start in range(0, len(raw), BLOCK):
-                    yield raw[start : start + BLOCK]
+            yield from _blocks_of(tensors[name] if read is None else read(name))
 
     return _write(path, blocks(), on_block)
+
+
+def _blocks_of(tensor: Tensor) -> Iterator[memoryview]:
+    if tensor.numel():
+        raw = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        for start in range(0, len(raw), BLOCK):
+            yield raw[start : start + BLOCK]
 
 
 def write_bytes(path: Path, content: bytes, on_block: Callable[[], None] = lambda: None) -> str:

@@ -45,9 +45,9 @@ _IGNORED = (
     "use_cache",
 )
 
-# What lets transformers load an exported folder by the code in it. AutoModelForMaskedLM is for tools that ask for it.
+# What lets transformers load an exported folder by the code in it. LLaDA's own says AutoModelForCausalLM too.
 LLADA_AUTO_MAP = {"AutoConfig": "configuration.LLaDAConfig"} | dict.fromkeys(
-    ("AutoModel", "AutoModelForMaskedLM"), "llada.LLaDAForMaskedDiffusion"
+    ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "llada.LLaDAForMaskedDiffusion"
 )
 FLEXMDM_AUTO_MAP = {"AutoConfig": "configuration.FlexMDMConfig"} | dict.fromkeys(
     ("AutoModel", "AutoModelForMaskedLM"), "modeling.FlexMDMForMaskedDiffusion"

@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
 def whole(source: Source, dtype: torch.dtype | None, without: tuple[str, ...] = ()) -> tuple[Any, Weights]:
     """The model of a source on the meta device, without factors, and its weights, merged when they are read.
 
-    Factors are merged in float32, one tensor at a time (`adapters.merged`), and rounded once. All weights are of one
+    Factors are merged in float32, one tensor at a time (`adapters.merge`), and rounded once. All weights are of one
     dtype.
 
     Args:
