@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _recorded_base_digest(directory: Path) -> str | None:
     """What a run recorded of its adapter's base, in a checkpoint, or for final/ in the newest one beside it."""
     steps = checkpoint.steps_present(directory.parent / "checkpoints") if directory.name == "final" else []
     for place in (directory, *reversed(steps)):
-        if (place / checkpoint.STATE_RECORD).is_file():
+        with suppress(OSError, ValueError):  # none there, or a broken one: the next will do
             recorded = checkpoint.read_record(place).get("base_digest")
             return None if recorded is None else str(recorded)
     return None
