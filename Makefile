@@ -1,6 +1,7 @@
 # make demo    train, retrofit and compare a toy model on two cores, in minutes
 # make test    lint, types and tests
 # make faults  the long tests: 200 kills, and every engine going on from every other; about ten minutes
+# make compat  exported folders in four versions of transformers, which are downloaded; three minutes
 # make setup   only the environment (implied by the others; does nothing, and needs no network, once it is up to date)
 # make lint    ruff and mypy
 # make clean   remove the environment, builds and caches; runs stay
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint clean
+.PHONY: help setup demo test faults compat lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -37,10 +38,13 @@ faults: setup
 	RETROFIT_KILLS=200 RETROFIT_MATRIX=1 python -m pytest -rP tests/training/test_faults.py tests/training/test_engines.py \
 	    tests/training/test_resume.py tests/checkpoints
 
+compat: setup
+	python -m tests.hub.compat
+
 lint: setup
 	ruff check .
 	mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find retrofit tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from retrofit.checkpoints.weights import Weights, write_weights
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUIET_BYTES = 10**9  # written in a few seconds
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -124,7 +125,7 @@ def refuse_existing(dest: Path) -> None:
 
 
 def write_whole(directory: Path, weights: Weights, shard_size: int) -> None:
-    """Writes weights in shards, one tensor in memory at a time; says so on stderr, a line a shard.
+    """Writes weights in shards, one tensor in memory at a time. If there is much of it, a line a shard on stderr.
 
     Raises:
         ValueError: the disk has no room for them.
@@ -138,7 +139,8 @@ def write_whole(directory: Path, weights: Weights, shard_size: int) -> None:
     def on_file(path: Path) -> None:
         nonlocal written
         written += path.stat().st_size
-        print(f"writing   {path.name}: {written / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        if total > _QUIET_BYTES:
+            print(f"writing   {path.name}: {written / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
     write_weights(directory, weights, shard_size, on_file)
 
