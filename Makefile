@@ -2,6 +2,7 @@
 # make test    lint, types and tests
 # make faults  the long tests: 200 kills, and every engine going on from every other; about ten minutes
 # make fuzz    110,000 inputs changed at random for all that reads files; minutes
+# make compat  exported folders in four versions of transformers, which are downloaded; three minutes
 # make setup   only the environment (implied by the others; does nothing, and needs no network, once it is up to date)
 # make lint    ruff and mypy
 # make clean   remove the environment, builds and caches; runs stay
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults fuzz lint clean
+.PHONY: help setup demo test faults fuzz compat lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -41,10 +42,13 @@ faults: setup
 fuzz: setup
 	RETROFIT_FUZZ=10000 python -m pytest tests/test_fuzz.py
 
+compat: setup
+	python -m tests.hub.compat
+
 lint: setup
 	ruff check .
 	mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find retrofit tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -216,6 +216,24 @@ def build_parser() -> argparse.ArgumentParser:
             "retrofit import-reference pytorch_model.bin imported --base GSAI-ML/LLaDA-8B-Base",
         )
     )
+    _add_whole(
+        verb(
+            "merge",
+            _merge,
+            "write the whole weights that an adapter and its base make",
+            "retrofit merge run/final merged",
+        )
+    )
+    export = verb(
+        "export",
+        _export,
+        "write a folder that loads with torch and transformers alone",
+        "retrofit export run/final flexmdm --shard-size 2GB",
+    )
+    _add_whole(export)
+    export.add_argument(
+        "--base-only", action="store_true", help="write a plain LLaDA: time conditioning and insertion head left out"
+    )
     _add_env(verb("env", _env, "print versions, hardware and source revision", "retrofit env --json"))
     return parser
 
@@ -506,6 +524,44 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------- merge and export
+
+
+def _add_whole(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="run, checkpoint, adapter or merged directory, or Hub id")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="directory to write; must not exist")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest file of weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the backbone's own)"
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from retrofit.hub.merge import merge
+
+    merge(
+        options.source,
+        options.dest,
+        revision=options.revision,
+        shard_size=options.shard_size,
+        dtype=options.dtype,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from retrofit.hub.export import export
+
+    export(
+        options.source,
+        options.dest,
+        revision=options.revision,
+        shard_size=options.shard_size,
+        dtype=options.dtype,
+        base_only=options.base_only,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------ env
 
 
@@ -525,7 +581,7 @@ def _add_import_reference(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_reference(options: argparse.Namespace) -> None:
-    from retrofit.checkpoints.reference import import_reference
+    from retrofit.hub.reference import import_reference
 
     written = import_reference(
         options.source,

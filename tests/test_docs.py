@@ -17,7 +17,7 @@ from retrofit.cli import main
 from retrofit.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/resuming.md", "docs/sampling.md"]
+PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/resuming.md", "docs/sampling.md", "docs/hub.md"]
 MAKE = {"make demo", "make test"}  # what the continuous integration and the demo's own script run
 
 
@@ -76,10 +76,24 @@ def test_the_commands_of_a_page_run(page: str, workplace: Path, monkeypatch: pyt
             assert command in MAKE, command
 
 
+def python_of(page: str) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    return str(block)
+
+
 def test_the_python_of_the_docs_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), re.S)
-    exec(compile(block, "docs/sampling.md", "exec"), {})
+    exec(compile(python_of("docs/sampling.md"), "docs/sampling.md", "exec"), {})
+
+
+def test_the_python_for_an_exported_folder_runs_without_retrofit(workplace: Path) -> None:
+    code = "import sys; sys.modules['retrofit'] = None\n" + python_of("docs/hub.md")
+    environment = os.environ | {"HF_HOME": str(workplace / "cache"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=workplace, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(ran.stdout) > len("Ann has")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from retrofit.checkpoints import adapters, checkpoint, loading, reference
+from retrofit.checkpoints import adapters, checkpoint, loading
 from retrofit.checkpoints.weights import TensorFiles, full_readers, weight_files
 from retrofit.data.sources import open_source
 from retrofit.data.store import TokenStore
+from retrofit.hub import reference
 from retrofit.recipe import load_recipe
 
 INPUTS = int(os.environ.get("RETROFIT_FUZZ", "60"))

@@ -322,9 +322,18 @@ def _describe(problems: Mapping[str, list[str]]) -> str:
     return ", ".join(parts)
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + lora_alpha / r * B @ A, taken in float32 and rounded once to W's dtype."""
-    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+_BLOCK = 16 << 20  # float32 numbers of a product in memory: an LM head of 8B has 518 million
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W + lora_alpha / r * B @ A, taken in float32 and rounded once to `dtype`: in W's place, if that is W's own."""
+    a, b = a.float(), b.float()
+    result = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    rows = max(1, _BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        result[block] = (b[block] @ a).mul_(scaling).add_(weight[block])
+    return result
 
 
 def merged_readers(model: nn.Module, readers: Readers) -> Readers:
@@ -334,19 +343,19 @@ def merged_readers(model: nn.Module, readers: Readers) -> Readers:
         readers: by plain names; of the factors by theirs.
     """
 
-    def merge(name: str, dtype: torch.dtype, scaling: float) -> Tensor:
+    def read(name: str, dtype: torch.dtype, scaling: float) -> Tensor:
         a, b = (readers[f"{name}.{factor}.{_NAME}.weight"]() for factor in ("lora_A", "lora_B"))
-        return merged(readers[f"{name}.weight"]().to(dtype), a, b, scaling)
+        return merge(readers[f"{name}.weight"](), a, b, scaling, dtype)
 
     kept = {name: read for name, read in readers.items() if not is_factor(name)}
     return kept | {
-        f"{name}.weight": partial(merge, name, layer.get_base_layer().weight.dtype, layer.scaling[_NAME])
+        f"{name}.weight": partial(read, name, layer.get_base_layer().weight.dtype, layer.scaling[_NAME])
         for name, layer in lora_layers(model)
     }
 
 
 def merge_into_base(model: nn.Module) -> None:
-    """Adds every factor product to its base weight (see `merged`) and removes the factors, in place.
+    """Adds every factor product to its base weight (see `merge`) and removes the factors, in place.
 
     On the meta device only the shape of the model changes.
     """
@@ -354,7 +363,7 @@ def merge_into_base(model: nn.Module) -> None:
         base = layer.get_base_layer()
         a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
         with torch.no_grad():
-            base.weight.copy_(merged(base.weight, a, b, layer.scaling[_NAME]))
+            merge(base.weight, a, b, layer.scaling[_NAME], base.weight.dtype)
         base.weight.requires_grad_(True)
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = base  # a ModuleDict's children are no attributes

@@ -284,6 +284,7 @@ def model_config(source: Source) -> LLaDAConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         model_type = values.get("model_type")
+        values.pop("auto_map", None)  # of an exported folder: what is saved after training on has no code beside it
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a model configuration ({error})") from error
     classes: dict[Any, type[LLaDAConfig]] = {"llada": LLaDAConfig, "flexmdm": FlexMDMConfig}

@@ -24,12 +24,18 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], on_block: Callable[[], None] = lambda: None) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    on_block: Callable[[], None] = lambda: None,
+    read: Callable[[str], Tensor] | None = None,
+) -> str:
     """Writes a safetensors file and flushes it to disk.
 
     Args:
-        tensors: contiguous, on the CPU.
+        tensors: contiguous, on the CPU; or, with `read`, of any device, for their shapes and dtypes alone.
         on_block: called before each block of a few MiB is written.
+        read: gives each tensor when its turn has come, so that one at a time is in memory.
 
     Returns:
         the file's SHA-256.
@@ -52,12 +58,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], on_block: Callable[
     def blocks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name in names:
-            if tensors[name].numel():
-                raw = memoryview(tensors[name].view(-1).view(torch.uint8).numpy().data)
-                for start in range(0, len(raw), BLOCK):
-                    yield raw[start : start + BLOCK]
+            yield from _blocks_of(tensors[name] if read is None else read(name))
 
     return _write(path, blocks(), on_block)
+
+
+def _blocks_of(tensor: Tensor) -> Iterator[memoryview]:
+    if tensor.numel():
+        raw = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        for start in range(0, len(raw), BLOCK):
+            yield raw[start : start + BLOCK]
 
 
 def write_bytes(path: Path, content: bytes, on_block: Callable[[], None] = lambda: None) -> str:

@@ -265,11 +265,14 @@ def write_files(directory: Path, files: Files) -> None:
             write_tensors(path, cpu)
 
 
-def write_weights(directory: Path, weights: Weights, most: int = 2 << 30) -> None:
-    """Writes full weights, in one file or in shards, of which one at a time is in memory.
+def write_weights(
+    directory: Path, weights: Weights, most: int = 2 << 30, on_file: Callable[[Path], None] = lambda path: None
+) -> None:
+    """Writes full weights, in one file or in shards. One tensor at a time is in memory.
 
     Args:
         most: bytes of a shard, unless it is of one larger tensor.
+        on_file: called with each file of weights that was written.
     """
     shards: list[list[str]] = []
     room = 0
@@ -281,7 +284,11 @@ def write_weights(directory: Path, weights: Weights, most: int = 2 << 30) -> Non
         room -= size
     names = [shard_name(number + 1, len(shards)) for number in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        write_files(directory, {file: {name: weights.read(name) for name in shard}})
+        described = {
+            name: torch.empty(weights.shapes[name], dtype=weights.dtypes[name], device="meta") for name in shard
+        }
+        write_tensors(directory / file, described, read=weights.read)
+        on_file(directory / file)
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         write_files(directory, {INDEX_FILE: index(where, sum(weights.sizes.values()))})

@@ -270,7 +270,10 @@ class KernelPlan:
 
             out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, -1), enable_gqa=True)
             return cast(Tensor, out)
-        from flash_attn import flash_attn_varlen_func
+        try:  # transformers asks for every package that a model's code imports, unless in such a block
+            from flash_attn import flash_attn_varlen_func
+        except ImportError:
+            raise
 
         fixed = torch.are_deterministic_algorithms_enabled()  # as torch's own kernel asks
         out = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=False, deterministic=fixed)

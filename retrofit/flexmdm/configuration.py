@@ -45,6 +45,14 @@ _IGNORED = (
     "use_cache",
 )
 
+# What lets transformers load an exported folder by the code in it. LLaDA's own says AutoModelForCausalLM too.
+LLADA_AUTO_MAP = {"AutoConfig": "configuration.LLaDAConfig"} | dict.fromkeys(
+    ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "llada.LLaDAForMaskedDiffusion"
+)
+FLEXMDM_AUTO_MAP = {"AutoConfig": "configuration.FlexMDMConfig"} | dict.fromkeys(
+    ("AutoModel", "AutoModelForMaskedLM"), "modeling.FlexMDMForMaskedDiffusion"
+)
+
 
 class LLaDAConfig(PretrainedConfig):
     """The released LLaDA configuration (LLaDA-8B Base and Instruct, 1.5, iLLaDA), its field names kept.
@@ -100,7 +108,7 @@ class LLaDAConfig(PretrainedConfig):
         self._refuse_unsupported(kwargs)
         for name in (*_FIXED, *_IGNORED):
             kwargs.pop(name, None)
-        if self.model_type == "llada":
+        if self.model_type == "llada" and kwargs.get("auto_map") != LLADA_AUTO_MAP:
             kwargs.pop("auto_map", None)  # names LLaDA's remote code, which is never run and would not fit what we save
         if kwargs.setdefault("tie_word_embeddings", weight_tying) != weight_tying:
             raise ValueError("config.json: `weight_tying` and `tie_word_embeddings` contradict each other")
@@ -120,6 +128,7 @@ class LLaDAConfig(PretrainedConfig):
             "tie_word_embeddings",
             "transformers_version",
             "attn_implementation",
+            "experts_implementation",  # transformers 5.0 gives it to every configuration
         }
         for name, value in flags.items():
             if name in _FIXED:

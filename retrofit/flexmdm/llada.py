@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from transformers.utils import ModelOutput, logging
 from .attention import Plan, attention, choose_backend, plan_attention
 from .configuration import LLaDAConfig
 from .packing import PackedSequences, cumulative_lengths, lengths_from_mask
+
+if TYPE_CHECKING:
+    from .schedules import Schedules  # noqa: F401 (see modeling.py)
 
 Modulation = tuple[Tensor, Tensor]  # gain and shift, each [T, d]
 

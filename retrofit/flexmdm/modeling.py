@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,11 @@ from .llada import LLaDAModel, LLaDAPreTrainedModel, dense_layout, mask_rows, re
 from .packing import PackedSequences, cumulative_lengths
 
 if TYPE_CHECKING:
+    # All siblings are named in this file, since transformers 4.57 copies no others of a model folder's code.
+    from .attention import Plan  # noqa: F401
+    from .noise import keyed_uniform  # noqa: F401
     from .sampling import Prompt, Sample
+    from .schedules import Schedules  # noqa: F401
 
 # Below this a gap of float32 would underflow to 0, whose logarithm the loss takes.
 _LEAST_LOG_GAP = -60.0
@@ -231,11 +236,16 @@ class FlexMDMForMaskedDiffusion(LLaDAPreTrainedModel):
         return self.flag_embedding(flags.to(self.flag_embedding.weight.dtype))
 
     @torch.inference_mode()
-    def generate(self, prompts: list[Prompt] | None = None, **settings: Any) -> list[Sample]:
-        """Writes a sequence for each prompt (default: one, unprompted): see `sampling.sample_flexmdm`."""
+    def generate(self, prompts: Sequence[Prompt | Sequence[int]] | None = None, **settings: Any) -> list[Sample]:
+        """Writes a sequence for each prompt (default: one, unprompted): see `sampling.sample_flexmdm`.
+
+        Args:
+            prompts: token ids to go on from, or `Prompt`s, which can open other gaps.
+        """
         from .sampling import Prompt, sample_flexmdm
 
-        return sample_flexmdm(self, [Prompt([])] if prompts is None else prompts, **settings)
+        given = [[]] if prompts is None else prompts
+        return sample_flexmdm(self, [p if isinstance(p, Prompt) else Prompt(list(p)) for p in given], **settings)
 
 
 def retrofitted(config: LLaDAConfig, **fields: Any) -> FlexMDMConfig:

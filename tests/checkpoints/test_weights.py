@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,19 +224,22 @@ def test_shares_are_balanced_whole_and_the_same_in_any_order() -> None:
 def test_weights_are_written_in_shards_that_read_as_one(tmp_path: Path, most: int, files: int) -> None:
     model = on_meta(lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
     values = {name: torch.randn(parameter.shape) for name, parameter in model.named_parameters()}
-    held: list[str] = []  # read and not yet written
+    given: dict[str, weakref.ref[Tensor]] = {}
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            held.append(name)
-            return values[name].clone()
+            assert all(tensor() is None for tensor in given.values()), "more than one tensor in memory"
+            assert name not in given
+            copy = values[name].clone()
+            given[name] = weakref.ref(copy)
+            return copy
 
         return read
 
     write_weights(tmp_path, Weights(model, {name: reader(name) for name in values}), most)
     paths = weight_files(tmp_path)
     assert [path.name for path in paths] == [shard_name(number + 1, files) for number in range(files)]
-    assert held == list(values)  # each once
+    assert given.keys() == values.keys()
     read = TensorFiles(paths)
     assert read.shapes.keys() == values.keys()
     assert all(torch.equal(read.read(name), value) for name, value in values.items())

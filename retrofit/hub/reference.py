@@ -17,15 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retrofit.checkpoints import adapters, checkpoint, loading
+from retrofit.checkpoints.weights import TensorFiles, Weights, weight_files, write_files
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.llada import refuse_misfits
 
-from . import checkpoint, loading
-from .adapters import merged
-from .weights import TensorFiles, Weights, weight_files, write_files, write_weights
+from .whole import refuse_existing, write_whole
 
 PAPER_GROUP = 8
 """Blocks that share an AdaLN linear in the paper's runs."""
+
+_SHARD_BYTES = 5 * 10**9
 
 _WRAPPERS = re.compile(r"^(module\.|backbone\.|base_model\.model\.)+")
 _FACTOR = re.compile(r"\.lora_([AB])(\.default)?\.weight$")
@@ -92,8 +94,7 @@ def import_reference(
     Raises:
         ValueError: a file is not readable, holds more than tensors, or its tensors are not those of the model (named).
     """
-    if dest.exists():
-        raise ValueError(f"{dest}: exists; choose another destination")
+    refuse_existing(dest)
     published = read_published(source)
     origin = _origin(source, base, revision)
     config = loading.model_config(origin)
@@ -118,7 +119,7 @@ def import_reference(
 
     def write(directory: Path) -> None:
         config.save_pretrained(directory)
-        write_weights(directory, weights)
+        write_whole(directory, weights, _SHARD_BYTES)
         write_files(directory, dict(loading.tokenizer_files(origin)))
 
     checkpoint.write_directory(dest, write)
@@ -268,4 +269,4 @@ def _fit(pair: Mapping[str, Stored], shape: tuple[int, ...]) -> bool:
 
 def _merge(weight: Stored, pair: Mapping[str, Stored], lora_alpha: float | None) -> Tensor:
     scaling = 1.0 if lora_alpha is None else lora_alpha / pair["A"].shape[0]
-    return merged(weight.read(), pair["A"].read(), pair["B"].read(), scaling)
+    return adapters.merge(weight.read(), pair["A"].read(), pair["B"].read(), scaling, weight.dtype)

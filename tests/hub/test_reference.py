@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from retrofit import cli
 from retrofit.checkpoints.loading import load_source, resolve
-from retrofit.checkpoints.reference import group_size, import_reference, read_published
 from retrofit.data.tiny import byte_tokenizer
 from retrofit.flexmdm import Geometric, Linear, LLaDAForMaskedDiffusion
+from retrofit.hub.reference import group_size, import_reference, read_published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flexmdm_reference"
 
@@ -180,7 +180,7 @@ def test_the_base_has_to_be_named_and_plain(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the LLaDA that was fine-tuned with --base"):
         import_reference(file, tmp_path / "imported")
     import_reference(file, tmp_path / "imported", base=str(base))
-    with pytest.raises(ValueError, match="exists; choose another destination"):
+    with pytest.raises(ValueError, match="exists already"):
         import_reference(file, tmp_path / "imported", base=str(base))
     with pytest.raises(ValueError, match="has to be a plain LLaDA"):
         import_reference(file, tmp_path / "again", base=str(tmp_path / "imported"))

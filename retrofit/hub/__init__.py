@@ -1,0 +1,1 @@
+"""The way to the Hub: adapters merged into their base, and folders that load without this package."""
