@@ -51,6 +51,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for j in range(10)
     ]
     (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    golden = ROOT / "tests/golden/flexmdm_reference"
+    (path / "published").mkdir()
+    shutil.copyfile(golden / "state_dict.safetensors", path / "published/model.safetensors")
+    config = json.loads((golden / "config.json").read_text())
+    for name in ("lora", "time_group_size"):
+        del config[name]
+    (path / "published/config.json").write_text(json.dumps(config))
     return path
 
 
