@@ -57,7 +57,7 @@ def whole(source: Source, dtype: torch.dtype | None, without: tuple[str, ...] = 
         _check_base(source, config)
     model, readers = loading.build(source, config, dtype=dtype)
     backbone = model.get_input_embeddings().weight.dtype
-    readers = adapters.merged_readers(model, readers)
+    readers = adapters.merged_readers(model, readers, as_read=True)
     adapters.merge_into_base(model)
     for name in without:
         model._modules.pop(name, None)
