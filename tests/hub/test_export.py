@@ -137,6 +137,8 @@ def test_an_export_is_a_source_again_whose_code_is_not_carried_on(adapter: Path,
     for name, kind in (("one", FlexMDMConfig), ("base", LLaDAConfig)):
         config = loading.model_config(loading.resolve(tmp_path / name))
         assert type(config) is kind and not hasattr(config, "auto_map")
+    FlexMDMForMaskedDiffusion.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert main(["generate", str(tmp_path / "one"), "--prompt", "ab", "--steps", "4"]) == 0
 
 
