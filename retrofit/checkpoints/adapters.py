@@ -336,16 +336,19 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dty
     return result
 
 
-def merged_readers(model: nn.Module, readers: Readers) -> Readers:
+def merged_readers(model: nn.Module, readers: Readers, *, as_read: bool = False) -> Readers:
     """Readers, by plain names, of what `merge_into_base` would make of an adapted model.
 
     Args:
         readers: by plain names; of the factors by theirs.
+        as_read: add to the base's weights as they are read. Otherwise they are rounded to the model's dtype before, as
+            they are in a model, and once more after.
     """
 
     def read(name: str, dtype: torch.dtype, scaling: float) -> Tensor:
         a, b = (readers[f"{name}.{factor}.{_NAME}.weight"]() for factor in ("lora_A", "lora_B"))
-        return merge(readers[f"{name}.weight"](), a, b, scaling, dtype)
+        weight = readers[f"{name}.weight"]()
+        return merge(weight if as_read else weight.to(dtype), a, b, scaling, dtype)
 
     kept = {name: read for name, read in readers.items() if not is_factor(name)}
     return kept | {

@@ -353,10 +353,13 @@ def refuse_misfits(
 
 
 def read_config(path: str | os.PathLike[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a directory or Hub id, found with those of from_pretrained's arguments that say where to look."""
+    """config.json of a directory or Hub id, found with those of from_pretrained's arguments that say where to look.
+
+    Without its auto_map: a model that is not loaded by it saves no code beside its weights.
+    """
     where = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
     config, _ = LLaDAConfig.get_config_dict(path, **{name: arguments[name] for name in where if name in arguments})
-    return dict(config)
+    return {name: value for name, value in config.items() if name != "auto_map"}
 
 
 def check_weight_files(path: str | os.PathLike[str]) -> None:

@@ -46,14 +46,18 @@ def whole(source: Source, dtype: torch.dtype | None, without: tuple[str, ...] = 
         without: top-level modules to leave out.
 
     Raises:
-        ValueError: the files do not fit together, or the base is not the one that the adapter was trained on.
+        ValueError: the files or the tokenizer do not fit together, or the base is not what the adapter was trained on.
     """
     config = loading.model_config(source)
+    if loading.tokenizer_directory(source) is None:
+        print(f"note      {source.name} has no tokenizer, so the folder gets none", file=sys.stderr)
+    else:
+        loading.load_tokenizer(source)  # refuses one that does not fit the model
     if source.adapter is not None:
         _check_base(source, config)
     model, readers = loading.build(source, config, dtype=dtype)
     backbone = model.get_input_embeddings().weight.dtype
-    readers = adapters.merged_readers(model, readers)
+    readers = adapters.merged_readers(model, readers, as_read=True)
     adapters.merge_into_base(model)
     for name in without:
         model._modules.pop(name, None)

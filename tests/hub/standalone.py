@@ -78,7 +78,7 @@ def main(folder: str, work: str, dtype: str = "float32") -> None:
     import torch
     import transformers
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     torch.set_num_threads(1)
     record: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__, "dtype": dtype}
@@ -94,9 +94,11 @@ def main(folder: str, work: str, dtype: str = "float32") -> None:
     record["tokenizer"] = tokenizer.decode(tokenizer("Ann has", add_special_tokens=False)["input_ids"]) == "Ann has"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     record["config"] = config.to_dict() | {"dtype": dtype} == model.config.to_dict() | {"dtype": dtype}
-    masked = AutoModelForMaskedLM.from_pretrained(folder, **options).eval()
-    record["AutoModelForMaskedLM"] = same(outputs(masked), expected)
-    del masked
+    others = [AutoModelForMaskedLM] + [AutoModelForCausalLM] * (model.config.model_type == "llada")
+    for auto_class in others:
+        other = auto_class.from_pretrained(folder, **options).eval()
+        record[auto_class.__name__] = same(outputs(other), expected)
+        del other
     by_id = AutoModel.from_pretrained("some/flexmdm", **options).eval()
     record["hub_id"] = same(outputs(by_id), expected)
     del by_id

@@ -67,19 +67,16 @@ def test_a_base_loads_with_transformers_alone_and_is_the_flexmdms(tmp_path: Path
     assert same(load_file(tmp_path / "base" / "model.safetensors"), backbone)
 
 
-def test_the_base_of_an_untrained_flexmdm_is_the_released_checkpoint_again(tmp_path: Path) -> None:
-    """Names, shapes, values and config fields, against files that LLaDA's published code made."""
-    model = FlexMDMForMaskedDiffusion.from_pretrained(GOLDEN / "llada_tiny", dtype=torch.float32)
+@pytest.mark.parametrize("name", ["llada_tiny", "illada_tiny"])
+def test_the_base_of_an_untrained_flexmdm_is_the_released_checkpoint_again(tmp_path: Path, name: str) -> None:
+    """Names, shapes, values and config fields, against files that LLaDA's published code made and reads."""
+    model = FlexMDMForMaskedDiffusion.from_pretrained(GOLDEN / name, dtype=torch.float32)
     model.save_pretrained(tmp_path / "flexmdm")
     export(str(tmp_path / "flexmdm"), tmp_path / "base", base_only=True)
-    released = load_file(GOLDEN / "llada_tiny" / "model.safetensors")
+    released = load_file(GOLDEN / name / "model.safetensors")
     assert same(load_file(tmp_path / "base" / "model.safetensors"), released)
-    ours, theirs = (
-        json.loads((path / "config.json").read_text()) for path in (tmp_path / "base", GOLDEN / "llada_tiny")
-    )
-    differing = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
-    assert differing <= {"auto_map", "precision", "torch_dtype", "transformers_version", "mlp_ratio"}, differing
-    assert ours["torch_dtype"] == "float32" and ours["architectures"] == ["LLaDAModelLM"]
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "base", GOLDEN / name))
+    assert ours.pop("auto_map") and ours == theirs | {"torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize("entry", ["modeling.py", "llada.py", "configuration.py"])
@@ -140,6 +137,8 @@ def test_an_export_is_a_source_again_whose_code_is_not_carried_on(adapter: Path,
     for name, kind in (("one", FlexMDMConfig), ("base", LLaDAConfig)):
         config = loading.model_config(loading.resolve(tmp_path / name))
         assert type(config) is kind and not hasattr(config, "auto_map")
+    FlexMDMForMaskedDiffusion.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert main(["generate", str(tmp_path / "one"), "--prompt", "ab", "--steps", "4"]) == 0
 
 
@@ -166,3 +165,22 @@ def test_prompts_may_be_plain_token_ids(adapter: Path) -> None:
     model, _ = loading.load_model(adapter)
     settings: dict[str, Any] = {"steps": 4, "max_length": 20}
     assert model.generate([[97, 98]], **settings) == model.generate([Prompt([97, 98])], **settings)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_and_one_that_is_missing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make(tmp_path)
+    file = adapter.parent / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    for number in (262, 263, 264):
+        tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=number, content=f"<{number}>"))
+    file.write_text(json.dumps(tokenizer))
+    for verb in ("merge", "export"):
+        assert main([verb, str(adapter), str(tmp_path / verb)]) == 2
+        assert "token '<264>' has id 264, the model has 264 rows" in capsys.readouterr().err
+        assert not (tmp_path / verb).exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter.parent / "model" / name).unlink()
+    assert main(["export", str(adapter), str(tmp_path / "folder")]) == 0
+    assert "has no tokenizer, so the folder gets none" in capsys.readouterr().err
