@@ -12,7 +12,7 @@ import pytest
 from retrofit import cli
 from retrofit.environment import environment, git_state
 
-VERBS = ("init", "preprocess", "train", "validate", "estimate", "verify", "generate", "evaluate", "env")
+VERBS = ("init", "preprocess", "train", "validate", "estimate", "verify", "generate", "evaluate", "push", "env")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 RECIPE = """\
 model: {init_from: llada}

@@ -1,0 +1,1 @@
+"""Between a run and the Hub."""
