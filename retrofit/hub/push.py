@@ -36,6 +36,7 @@ Verify = Literal["download", "digests", "sample"]
 MAIN = "main"
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WRITERS = {"admin", "write", "contributor"}  # roles in an organisation that may make repositories
+_SMALL = 1_000_000  # bytes; smaller files take no time that would have to be told
 _OF_THE_HUB = {".gitattributes"}  # which the Hub itself puts into a new repository
 
 
@@ -279,8 +280,7 @@ def _upload(api: HfApi, target: Target, files: tuple[File, ...], message: str) -
         return head
     additions = [_addition(file) for file in changed.values()]
     for number, addition in enumerate(additions, 1):
-        size = _bytes(addition.upload_info.size)
-        print(f"uploading {addition.path_in_repo} ({number} of {len(additions)}, {size})", file=sys.stderr, flush=True)
+        _tell("uploading", addition.path_in_repo, addition.upload_info.size, number, len(additions))
         patiently(partial(api.preupload_lfs_files, repo_id, [addition], revision=branch, free_memory=False))
 
     def committed() -> str | None:
@@ -333,8 +333,7 @@ def check(api: HfApi, repo_id: str, commit: str, files: Iterable[File], verify: 
         return
     with tempfile.TemporaryDirectory(prefix="retrofit-push-") as scratch:
         for number, file in enumerate(files, 1):
-            size = _bytes(file.size)
-            print(f"checking  {file.name} ({number} of {len(files)}, {size})", file=sys.stderr, flush=True)
+            _tell("checking", file.name, file.size, number, len(files))
             download = partial(api.hf_hub_download, repo_id, file.name, revision=commit, local_dir=scratch)
             path = Path(patiently(download))
             found = checkpoint.sha256(path)
@@ -381,6 +380,12 @@ def _bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"
+
+
+def _tell(doing: str, name: str, size: int, number: int, count: int) -> None:
+    """A line on stderr before what may take long."""
+    if size > _SMALL:
+        print(f"{doing} {name} ({number} of {count}, {_bytes(size)})", file=sys.stderr, flush=True)
 
 
 def _progress(what: str, total: int) -> Callable[[int], None]:
