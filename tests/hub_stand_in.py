@@ -14,12 +14,16 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants, hf_api  # noqa: F401  (hf_api loads the module of progress bars)
 
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LICENSES = ("apache-2.0", "mit", "other")
@@ -143,6 +147,20 @@ class StandIn:
         blobs = {path: Blob(content, path.endswith(".safetensors")) for path, content in files.items()}
         commits.append(Commit(_oid(commits[-1].oid + title + branch), title, commits[-1].files | blobs))
         return commits[-1]
+
+
+def in_place_of_the_hub(hub: StandIn, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's client in this process talks to the stand-in, logged in, without pauses, Xet and progress bars.
+
+    The client reads its environment when it is imported, so that setting HF_ENDPOINT would come too late.
+    """
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setitem(sys.modules["huggingface_hub.utils.tqdm"].progress_bar_states, "_global", False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 def _oid(text: str) -> str:

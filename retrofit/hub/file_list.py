@@ -40,6 +40,7 @@ _PICKLE_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", *(b"\x80" + bytes([protocol]) for
 
 # A path below somebody's home names its owner.
 _HOME_PATH = re.compile(r"(?<![\w.])(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})[^\s/\\\"']+|(?<![\w./])/root/[\w.]")
+_LONGEST_HEADER = 100_000_000  # bytes; the library that reads safetensors has the same bound
 _VOCABULARY = {"tokenizer.json", "vocab.json", "merges.txt"}  # pieces of any text, a path's too
 _BASE_FIELDS = ("base_model", "base_model_name_or_path", "_name_or_path")
 _LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
@@ -107,7 +108,7 @@ def _problem_of_name(name: str, mode: int) -> str | None:
     if stat.S_ISLNK(mode):
         return "is a symbolic link, which may lead anywhere; put the file itself in its place"
     if stat.S_ISDIR(mode):
-        return None if name == "img" else "is a directory, and a model on the Hub has none; move it elsewhere"
+        return None if name == "img" else "is a directory, which a model on the Hub has none of; export the model first"
     if not stat.S_ISREG(mode):
         return "is not an ordinary file; move it elsewhere"
     if Path(name).suffix in _PICKLED:
@@ -116,6 +117,8 @@ def _problem_of_name(name: str, mode: int) -> str | None:
         )
     if Path(name).name.startswith(".env"):
         return "is where secrets are kept; move it elsewhere"
+    if find_secrets(name):
+        return "holds something shaped like a secret in its name"
     if name in _JSON | _TEXT | _CODE or _WEIGHTS.fullmatch(name) or _PICTURE.fullmatch(name):
         return None
     return "is none of the files that a model on the Hub is made of; move it elsewhere"
@@ -130,7 +133,8 @@ def _problems_of_content(path: Path, secrets: set[str]) -> Iterator[str]:
             return
         if path.suffix == ".safetensors":
             length = int.from_bytes(start, "little")
-            content = file.read(length) if 2 <= length <= path.stat().st_size - 8 else b""
+            size = path.stat().st_size
+            content = file.read(length) if 2 <= length <= min(size - 8, _LONGEST_HEADER) else b""
             if not content.startswith(b"{"):
                 yield ": does not begin like safetensors; it may be pickled, or cut short; export it again"
                 return
@@ -141,6 +145,8 @@ def _problems_of_content(path: Path, secrets: set[str]) -> Iterator[str]:
         if path.suffix == ".png" and not content.startswith(b"\x89PNG\r\n\x1a\n"):
             raise ValueError("is not a PNG picture")
         parsed = json.loads(text) if path.suffix in (".json", ".safetensors") else None
+        if path.suffix == ".safetensors" and 8 + length + _data_size(parsed) != size:
+            raise ValueError(f"the file has {size} bytes, its header says {8 + length + _data_size(parsed)}")
         if path.suffix == ".py":
             ast.parse(text)
     except (ValueError, SyntaxError, RecursionError) as error:
@@ -155,6 +161,15 @@ def _problems_of_content(path: Path, secrets: set[str]) -> Iterator[str]:
         yield from _problems_of_base(parsed if isinstance(parsed, dict) else {})
     if path.name == "README.md":
         yield from _problems_of_card(path)
+
+
+def _data_size(header: Any) -> int:
+    """Bytes of the tensors of a safetensors file. Raises ValueError if the header does not say."""
+    try:
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        return max((int(end) for end in ends), default=0)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError("a tensor has no offsets") from error
 
 
 def _problems_of_base(fields: dict[str, Any]) -> Iterator[str]:

@@ -84,13 +84,14 @@ def reason(error: BaseException) -> str:
     if status is None and isinstance(error, HTTPError):
         return f"no connection to {constants.ENDPOINT} ({type(error).__name__})"
     said = getattr(error, "server_message", None) if status else str(error) or type(error).__name__
-    said = "" if status in _TRANSIENT else _one_line(said or "")
+    said = "" if status in _TRANSIENT else one_line(said or "")
     meaning = _MEANING.get(status, f"the Hub answers {status}") if status else ""
     return ": ".join(filter(None, (meaning, said)))
 
 
-def _one_line(text: str) -> str:
-    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(text.split()))  # what follows ? may be a signature
+def one_line(text: str) -> str:
+    """A text from elsewhere, as it may be shown: short, without line breaks, tokens and signatures."""
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(text.split()))
     return mask_tokens(text[:300].rstrip(". "))
 
 

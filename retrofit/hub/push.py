@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from retrofit.checkpoints import checkpoint
 from retrofit.credentials import find_secrets
 
 from .file_list import File, check_manifest, list_files
-from .patience import HubError, patiently
+from .patience import HubError, one_line, patiently
 
 Verify = Literal["download", "digests", "sample"]
 
@@ -76,7 +76,7 @@ def push(
         repo_id: owner/name, or a name of one's own; made if there is none.
         public: of a repository that is made; a public one that exists is refused without it.
         overwrite: whether the branch may hold other files, which then go (but for the history).
-        message: of the commit.
+        message: of the commit; None takes it from the folder's place in its run.
         yes: do not ask.
         verify: "download" reads every file back; "digests" believes what the Hub says of them; "sample" downloads,
             loads and samples.
@@ -87,6 +87,7 @@ def push(
     """
     hub_logging.set_verbosity_error()  # its warnings show addresses, and every new try that we tell of as well
     login = get_token()
+    message = default_message(folder) if message is None else message
     _check_words(repo_id, branch, message, [login] if login else [])
     listed = list_files(folder, [login] if login else [], _progress(f"reading {folder}", _size(folder)))
     check_manifest(folder, listed.files)
@@ -110,7 +111,7 @@ def push(
         if not target.exists:
             patiently(lambda: api.create_repo(target.repo_id, private=not public, exist_ok=True))
             _check_visibility(api, replace(target, exists=True), public)
-        commit = _upload(api, target, listed.files, message or default_message(folder))
+        commit = _upload(api, target, listed.files, message)
     with _told(
         f"{target.repo_id}: pushed as commit {commit[:10]}, but not checked", "the same command checks it again"
     ):
@@ -132,8 +133,8 @@ def default_message(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ preflight
 
 
-def _check_words(repo_id: str, branch: str, message: str | None, secrets: list[str]) -> None:
-    for word in (repo_id, branch, message or ""):
+def _check_words(repo_id: str, branch: str, message: str, secrets: list[str]) -> None:
+    for word in (repo_id, branch, message):
         if find_secrets(word, secrets):
             raise ValueError("a token stands in the command line; log in with `hf auth login` instead, and revoke it")
     try:
@@ -142,7 +143,7 @@ def _check_words(repo_id: str, branch: str, message: str | None, secrets: list[s
         raise ValueError(f"{repo_id!r} is no name of a repository (expected owner/name)") from error
     if not _BRANCH.fullmatch(branch) or branch.endswith(".lock") or ".." in branch:
         raise ValueError(f"{branch!r} is no name of a branch (letters, digits, ., _ and -, as in step-00001000)")
-    if message is not None and not message.strip():
+    if not message.strip():
         raise ValueError("the message of the commit is empty; leave --message out for one from the run")
 
 
@@ -210,8 +211,15 @@ def _check_card(files: Iterable[File]) -> None:
                 patiently(partial(card.validate, repo_type="model"))
             except HubError as error:
                 if error.status is None and isinstance(error.__cause__, ValueError):
-                    raise ValueError(f"{file.path}: the Hub refuses its metadata: {error}") from error
+                    raise ValueError(f"{file.path}: the Hub refuses its metadata: {_complaints(error)}") from error
                 raise
+
+
+def _complaints(error: HubError) -> str:
+    """What the Hub's validator says, out of the JSON that its client hands on as a text."""
+    with suppress(ValueError, KeyError, TypeError):
+        return one_line("; ".join(each["message"] for each in json.loads(str(error.__cause__))["errors"]))
+    return str(error)
 
 
 def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 
 from retrofit.cli import main
 from retrofit.hub import patience
-from tests.hub_stand_in import Account, StandIn
+from tests.hub_stand_in import Account, StandIn, in_place_of_the_hub
 
 # Shaped like tokens, in halves: no scanner of repositories need look at them.
 ANN, READER, BOB = ("hf_" + name + "Q7" * 10 for name in ("ann", "reader", "bob"))
@@ -36,17 +35,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         BOB: Account("bob"),
     }
     with StandIn(accounts, part=3000) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", ANN)
-        monkeypatch.setattr("time.sleep", lambda seconds: hub.slept.append(seconds))
-        hub.slept = []
-        huggingface_hub.utils.disable_progress_bars()  # as the command line does where no terminal is
+        in_place_of_the_hub(hub, ANN, monkeypatch)
         yield hub
-        huggingface_hub.utils.enable_progress_bars()
+
+
+@pytest.fixture
+def slept(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of the pauses."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    return pauses
 
 
 @pytest.fixture
@@ -97,7 +95,7 @@ def test_what_was_pushed_is_downloaded_byte_for_byte(hub: StandIn, folder: Path,
     said = capsys.readouterr()
     for name in before:
         assert re.search(rf"{re.escape(name)}  \(new\)", said.out)
-    assert "login     ann" in said.out and "private, will be made" in said.out and "7, 13.0 kB" in said.out
+    assert "login     ann" in said.out and "private, will be made" in said.out and "7, 12.7 kB" in said.out
     assert "downloaded again and equal" in said.out and "/tree/main" in said.out
     assert ANN not in said.out + said.err
 
@@ -169,6 +167,12 @@ def test_another_model_in_the_branch_is_refused_and_replaced_on_request(
     assert push(folder, "--overwrite") == 0
     assert hub.files(REPO) == contents(folder)  # the old model.safetensors is gone: transformers would have loaded it
     assert hub.repositories[REPO].branches["main"][-2] is old
+
+
+def test_what_was_downloaded_is_loaded_and_sampled(hub: StandIn, toy: Path, capsys: Any) -> None:
+    assert push(toy / "model", "--verify", "sample") == 0
+    said = capsys.readouterr().out.partition("a sample of what was downloaded:\n")[2]
+    assert len(said.splitlines()) > 1 and "downloaded again and equal" in said
 
 
 def test_digests_alone_can_be_believed(hub: StandIn, folder: Path) -> None:
@@ -314,6 +318,9 @@ SHARD = "model-00001-of-00002.safetensors"
         (_write("img.png", b"no picture"), "img.png: its content is not what its name says (is not a PNG picture)"),
         (_write(SHARD, ZIP), f"{SHARD}: does not begin like safetensors"),
         (_write(SHARD, PICKLE), f"{SHARD}: does not begin like safetensors"),
+        (lambda folder: os.truncate(folder / SHARD, 4000), f"{SHARD}: its content is not what its name says (the file"),
+        (_write(SHARD, b'\x0c\0\0\0\0\0\0\0{"a": "bcd"}'), f"{SHARD}: its content is not what its name says (a tensor"),
+        (_write("hf_" + "Ab3" * 8 + ".png", b""), "hf_....png: holds something shaped like a secret in"),
         (_write(SHARD, b""), f"{SHARD}: does not begin like safetensors"),
         (_write("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja: its content is not what its name says"),
         (_write("notes.txt", b"mine"), "notes.txt: is none of the files"),
@@ -403,8 +410,11 @@ WRITES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [408, 429, 500, 502, 503, 504, "cut", "cut after", "cut amid"])
-@pytest.mark.parametrize("request_", WRITES)
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [(request, kind) for request in WRITES for kind in (429, 503, "cut", "cut after", "cut amid")]
+    + [("PUT /lfs/", status) for status in (408, 500, 502, 504)],
+)
 def test_what_passes_is_tried_again(hub: StandIn, folder: Path, capsys: Any, request_: str, kind: int | str) -> None:
     hub.fail(request_, kind, times=2)
     assert push(folder, "--branch", "step-00000001") == 0
@@ -415,10 +425,10 @@ def test_what_passes_is_tried_again(hub: StandIn, folder: Path, capsys: Any, req
     assert ANN not in "".join(capsys.readouterr())
 
 
-def test_the_pause_that_the_hub_asks_for_is_kept(hub: StandIn, folder: Path, capsys: Any) -> None:
+def test_the_pause_that_the_hub_asks_for_is_kept(hub: StandIn, folder: Path, slept: list[float], capsys: Any) -> None:
     hub.fail("GET /api/whoami-v2", 429, Retry_After="7")
     assert push(folder) == 0
-    assert 7 in hub.slept and "asks for a pause (429); trying again in 7 s" in capsys.readouterr().err
+    assert 7 in slept and "asks for a pause (429); trying again in 7 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -527,4 +537,3 @@ def test_the_client_stays_quiet_about_addresses(hub: StandIn, folder: Path, caps
     hub.fail("PUT /lfs/", 503, times=3)
     assert push(folder) == 0
     assert "signature" not in "".join(capsys.readouterr())
-    assert huggingface_hub.__version__
