@@ -168,7 +168,7 @@ def _data_size(header: Any) -> int:
     try:
         ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         return max((int(end) for end in ends), default=0)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError("a tensor has no offsets") from error
 
 
@@ -179,7 +179,7 @@ def _problems_of_base(fields: dict[str, Any]) -> Iterator[str]:
             try:
                 validate_repo_id(value)
             except HFValidationError:
-                yield f": {field} is {json.dumps(value)}, which nobody else can load; name a repository of the Hub"
+                yield f": {field} is {_quoted(value)}, which nobody else can load; name a repository of the Hub"
 
 
 def _problems_of_card(path: Path) -> Iterator[str]:
@@ -192,7 +192,11 @@ def _problems_of_card(path: Path) -> Iterator[str]:
     yield from _problems_of_base(fields)
     licence = fields.get("license", "other")
     if not isinstance(licence, str) or not _LICENSE.fullmatch(licence):
-        yield f": license is {json.dumps(licence)}, not an identifier such as apache-2.0"
+        yield f": license is {_quoted(licence)}, not an identifier such as apache-2.0"
+
+
+def _quoted(value: object) -> str:
+    return f'"{" ".join(str(value).split())[:80]}"'
 
 
 def _problems_of_shards(folder: Path, names: set[str]) -> Iterator[str]:
@@ -216,7 +220,7 @@ def _named_by(index: Path) -> set[str]:
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return {name for name in named if isinstance(name, str)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 
 

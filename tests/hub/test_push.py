@@ -258,8 +258,11 @@ SECRETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["README.md", "config.json", "modeling.py", "model-00001-of-00002.safetensors"])
-@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(kind, "README.md") for kind in SECRETS]
+    + [("Hub", where) for where in ("config.json", "modeling.py", "model-00001-of-00002.safetensors")],
+)
 def test_a_secret_in_a_file_is_refused_before_any_request(
     hub: StandIn, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, where: str, kind: str
 ) -> None:
