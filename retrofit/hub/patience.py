@@ -45,33 +45,32 @@ class HubError(OSError):
         self.status = status
 
 
-def patiently(request: Callable[[], Result], done: Callable[[], Result | None] = lambda: None) -> Result:
+def patiently(request: Callable[[], Result], done: Callable[[], Result | None] | None = None) -> Result:
     """Calls `request`, and again after a pause while the Hub is busy (429), fails (5xx) or cuts the connection.
 
     Args:
         request: nothing but calls of the Hub's client, whose errors of any kind are told as errors of the Hub.
-        done: asked before each new try, where a request must not be repeated: what came of the one whose answer was
-            lost, or None if nothing did.
+        done: asked after each failure of a request that must not be repeated: what came of one whose answer was lost,
+            or None if nothing did.
 
     Raises:
         HubError: it failed for another reason, or every time.
     """
-    for wait in WAITS:
+    for pause_after in (*WAITS, None):
         try:
             return request()
         except Exception as error:
-            root = _root(error)
-            if not _is_transient(root):
-                raise HubError(reason(root), _status(root)) from error
+            root, failure = _root(error), error
+        wait = pause_after if _is_transient(root) else None
+        if wait is not None:
             pause = min(_asked_pause(root) or wait, _LONGEST_WAIT)
             print(f"{reason(root)}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
-        if (result := patiently(done)) is not None:
+        if done is not None and (result := patiently(done)) is not None:
             return result
-    try:
-        return request()
-    except Exception as error:
-        raise HubError(reason(_root(error)), _status(_root(error))) from error
+        if wait is None:
+            raise HubError(reason(root), _status(root)) from failure
+    raise AssertionError("the last try returns or raises")
 
 
 def reason(error: BaseException) -> str:

@@ -503,6 +503,25 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(hub: StandIn, folde
     assert hub.files(REPO) == {"config.json": b"{}"}
 
 
+def test_a_commit_that_comes_to_pass_after_its_failure_was_told_is_found(hub: StandIn, folder: Path) -> None:
+    def late(request: str) -> None:
+        if len(hub.asked(f"POST /api/models/{REPO}/commit")) == 2 and request.startswith("POST"):
+            hub.add(REPO, "main", contents(folder), title="ours, late")
+
+    hub.fail(f"POST /api/models/{REPO}/commit", 504)
+    hub.before = late
+    assert push(folder) == 0
+    assert [commit.title for commit in hub.repositories[REPO].branches["main"]] == ["initial commit", "ours, late"]
+
+
+def test_where_the_hub_must_not_be_asked_that_is_said(
+    hub: StandIn, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(folder) == 2
+    assert "HF_HUB_OFFLINE is set" in error_line(capsys) and hub.requests == []
+
+
 @pytest.mark.parametrize("verify", ["download", "digests"])
 def test_a_hub_that_keeps_something_else_is_found_out(
     hub: StandIn, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, verify: str
