@@ -358,7 +358,9 @@ class _Handler(BaseHTTPRequestHandler):
                 upload: dict[str, Any] = {"href": f"{base}/{oid}?signature=abcdef"}
                 if self.hub.part and size > self.hub.part:
                     count = -(-size // self.hub.part)
-                    urls = {str(number): f"{base}/{oid}/part/{number}" for number in range(1, count + 1)}
+                    urls = {
+                        str(number): f"{base}/{oid}/part/{number}?signature=abcdef" for number in range(1, count + 1)
+                    }
                     upload = {"href": f"{base}/{oid}/complete", "header": {"chunk_size": str(self.hub.part)} | urls}
                 answer["actions"] = {"upload": upload, "verify": {"href": f"{base}/{oid}/verify"}}
             objects.append(answer)

@@ -14,15 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    HFValidationError,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 from huggingface_hub.utils import logging as hub_logging
 
 from retrofit.checkpoints import checkpoint
@@ -95,7 +101,7 @@ def push(
     with _told(f"{folder}: not pushed to {repo_id}", "nothing was sent"):
         target = find_target(api, repo_id, branch)
         visible = _check_visibility(api, target, public)
-        _check_card(listed.files)
+        _check_card(api, listed.files)
     changed, surplus = difference(listed.files, target.files)
     _show(target, visible, listed.files, listed.stays, changed, surplus)
     if target.head is not None and (set(changed) & set(target.files) or surplus) and not overwrite:
@@ -202,24 +208,22 @@ def _check_visibility(api: HfApi, target: Target, public: bool) -> str:
     return asked
 
 
-def _check_card(files: Iterable[File]) -> None:
-    """Asks the Hub's own validator, which raises ValueError, before anything is uploaded."""
+def _check_card(api: HfApi, files: Iterable[File]) -> None:
+    """Asks the Hub's own validator before anything is uploaded. Raises ValueError where it refuses the card."""
     for file in files:
         if file.name == "README.md":
-            card = ModelCard(file.path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-            try:
-                patiently(partial(card.validate, repo_type="model"))
-            except HubError as error:
-                if error.status is None and isinstance(error.__cause__, ValueError):
-                    raise ValueError(f"{file.path}: the Hub refuses its metadata: {_complaints(error)}") from error
-                raise
+            complaints = patiently(partial(_complaints, api, file.path.read_text(encoding="utf-8")))
+            if complaints:
+                raise ValueError(f"{file.path}: the Hub refuses its metadata: {one_line('; '.join(complaints))}")
 
 
-def _complaints(error: HubError) -> str:
-    """What the Hub's validator says, out of the JSON that its client hands on as a text."""
-    with suppress(ValueError, KeyError, TypeError):
-        return one_line("; ".join(each["message"] for each in json.loads(str(error.__cause__))["errors"]))
-    return str(error)
+def _complaints(api: HfApi, card: str) -> list[str]:
+    question = {"content": card, "repoType": "model"}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=question, headers=build_hf_headers())
+    if answer.status_code == 400:
+        return [str(error["message"]) for error in answer.json()["errors"]]
+    hf_raise_for_status(answer)
+    return []
 
 
 def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
