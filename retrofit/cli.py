@@ -104,6 +104,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
+class _NoToken(argparse.Action):
+    """Refuses a token on the command line, where other users and the shell's history see it."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise ValueError("a token is not taken from the command line; log in with `hf auth login`, and revoke that one")
+
+
 class _TrainHelp(argparse.Action):
     """`retrofit train --help`: the recipe's fields come from the recipe itself, loaded only when asked for."""
 
@@ -233,6 +240,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_whole(export)
     export.add_argument(
         "--base-only", action="store_true", help="write a plain LLaDA: time conditioning and insertion head left out"
+    )
+    _add_push(
+        verb(
+            "push",
+            _push,
+            "put a model on the Hub, private unless told otherwise, and read it back",
+            "retrofit push exported me/llada-flex --branch step-00001000",
+        )
     )
     _add_env(verb("env", _env, "print versions, hardware and source revision", "retrofit env --json"))
     return parser
@@ -559,6 +574,43 @@ def _export(options: argparse.Namespace) -> None:
         shard_size=options.shard_size,
         dtype=options.dtype,
         base_only=options.base_only,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- push
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="exported model, adapter, or checkpoint with all weights"
+    )
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub; made if it is not there")
+    parser.add_argument("--branch", default="main", help="made if it is not there, for example step-00001000")
+    parser.add_argument("--public", action="store_true", help="let everybody see a repository that is made")
+    parser.add_argument("--overwrite", action="store_true", help="the branch may hold another model, which is replaced")
+    parser.add_argument("--message", help="of the commit (default: run and step, or the folder's name)")
+    parser.add_argument("--yes", action="store_true", help="do not ask after showing what will be done")
+    parser.add_argument(
+        "--verify",
+        choices=("download", "digests", "sample"),
+        default="download",
+        help="download every file again; or believe the Hub's digests; or download, load and sample",
+    )
+    parser.add_argument("--token", action=_NoToken, nargs="?", help=argparse.SUPPRESS)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from retrofit.hub.push import push
+
+    push(
+        options.folder,
+        options.repo_id,
+        branch=options.branch,
+        public=options.public,
+        overwrite=options.overwrite,
+        message=options.message,
+        yes=options.yes,
+        verify=options.verify,
     )
 
 

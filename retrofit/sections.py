@@ -34,7 +34,7 @@ def _no_token(text: str) -> str:
     if holds_token(text):
         raise ValueError(
             f'holds something shaped like an access token ("{mask(text)}"); recipes are copied into every run, '
-            "so remove it and set HF_TOKEN or WANDB_API_KEY in the environment"
+            "so remove it; log in with `hf auth login`, or set HF_TOKEN or WANDB_API_KEY in the environment"
         )
     return text
 

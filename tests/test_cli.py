@@ -23,6 +23,7 @@ VERBS = (
     "generate",
     "evaluate",
     "import-reference",
+    "push",
     "env",
 )
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "peft")

@@ -9,12 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from retrofit.cli import main
 from retrofit.recipe import load_recipe
+from tests.hub_stand_in import Account, StandIn, in_place_of_the_hub
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/data.md", "docs/training.md", "docs/resuming.md", "docs/sampling.md", "docs/hub.md"]
@@ -61,8 +63,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """What `push` talks to: the account `me` of a Hub on this machine."""
+    token = "hf_" + "Q7" * 16
+    with StandIn({token: Account("me")}) as hub:
+        in_place_of_the_hub(hub, token, monkeypatch)
+        yield hub
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run(page: str, workplace: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     found = commands(page)
     assert found

@@ -1,1 +1,1 @@
-"""The way to the Hub: adapters merged into their base, and folders that load without this package."""
+"""The way to the Hub: merging, folders that load without this package, their card, and pushing them."""
