@@ -23,6 +23,8 @@ VERBS = (
     "generate",
     "evaluate",
     "import-reference",
+    "merge",
+    "export",
     "push",
     "env",
 )
