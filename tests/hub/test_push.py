@@ -419,8 +419,8 @@ WRITES = [
 
 @pytest.mark.parametrize(
     ("request_", "kind"),
-    [(request, kind) for request in WRITES for kind in (429, 503, "cut", "cut after", "cut amid")]
-    + [("PUT /lfs/", status) for status in (408, 500, 502, 504)],
+    [(request, kind) for request in WRITES for kind in (503, "cut", "cut after", "cut amid")]
+    + [("PUT /lfs/", status) for status in (408, 429, 500, 502, 504)],
 )
 def test_what_passes_is_tried_again(hub: StandIn, folder: Path, capsys: Any, request_: str, kind: int | str) -> None:
     hub.fail(request_, kind, times=2)
