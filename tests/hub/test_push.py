@@ -347,7 +347,7 @@ SHARD = "model-00001-of-00002.safetensors"
         (lambda folder: [one.unlink() for one in folder.glob("model*")], "holds no model"),
         (_write("config.json", b'{"a": "/home/me/llada"}'), "config.json:1: holds a path of somebody's home (/h"),
         (_write("config.json", b'{"a": "C:\\\\Users\\\\me"}'), "config.json:1: holds a path of somebody's home"),
-        (_write("README.md", b"# A\n\nsee /Users/me/runs\n"), "README.md:3: holds a path of somebody's home (/Users/me)"),
+        (_write("README.md", b"# A\n\nin /Users/me/runs\n"), "README.md:3: holds a path of somebody's home"),
         (_write("config.json", b'{"base_model": "/data/llada"}'), 'config.json: base_model is "/data/llada"'),
         (_write("README.md", b"---\nlicense: Apache 2\n---\n"), 'README.md: license is "Apache 2"'),
         (_write("README.md", b"---\nbase_model: ../llada\n---\n"), 'README.md: base_model is "../llada"'),
