@@ -14,16 +14,16 @@ import hashlib
 import json
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants, hf_api  # noqa: F401  (hf_api loads the module of progress bars)
+from huggingface_hub import constants
 
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LICENSES = ("apache-2.0", "mit", "other")
@@ -158,7 +158,7 @@ def in_place_of_the_hub(hub: StandIn, token: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setitem(sys.modules["huggingface_hub.utils.tqdm"].progress_bar_states, "_global", False)
+    monkeypatch.setitem(import_module("huggingface_hub.utils.tqdm").progress_bar_states, "_global", False)
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 

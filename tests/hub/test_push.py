@@ -347,6 +347,7 @@ SHARD = "model-00001-of-00002.safetensors"
         (lambda folder: [one.unlink() for one in folder.glob("model*")], "holds no model"),
         (_write("config.json", b'{"a": "/home/me/llada"}'), "config.json:1: holds a path of somebody's home (/h"),
         (_write("config.json", b'{"a": "C:\\\\Users\\\\me"}'), "config.json:1: holds a path of somebody's home"),
+        (_write("README.md", b"# A\n\nin /Users/me/runs\n"), "README.md:3: holds a path of somebody's home"),
         (_write("config.json", b'{"base_model": "/data/llada"}'), 'config.json: base_model is "/data/llada"'),
         (_write("README.md", b"---\nlicense: Apache 2\n---\n"), 'README.md: license is "Apache 2"'),
         (_write("README.md", b"---\nbase_model: ../llada\n---\n"), 'README.md: base_model is "../llada"'),
@@ -419,8 +420,8 @@ WRITES = [
 
 @pytest.mark.parametrize(
     ("request_", "kind"),
-    [(request, kind) for request in WRITES for kind in (429, 503, "cut", "cut after", "cut amid")]
-    + [("PUT /lfs/", status) for status in (408, 500, 502, 504)],
+    [(request, kind) for request in WRITES for kind in (503, "cut", "cut after", "cut amid")]
+    + [("PUT /lfs/", status) for status in (408, 429, 500, 502, 504)],
 )
 def test_what_passes_is_tried_again(hub: StandIn, folder: Path, capsys: Any, request_: str, kind: int | str) -> None:
     hub.fail(request_, kind, times=2)
