@@ -33,7 +33,9 @@ WATTS = {
     "Tesla V100-SXM2-32GB": 300,
     "Tesla V100-SXM2-16GB": 300,
 }
-_PATH = re.compile(r"""(?:file:|~|\.\.?|(?<![\w./~]))/(?!/(?=\w))[^\s'"`;,|<>()\[\]{}]*|\b[A-Za-z]:\\[^\s'"`;,|<>]*""")
+_PATH = re.compile(
+    r"""(?P<url>\b(?!file:)\w+://\S+)|(?:file:|~|\.\.?|(?<![\w./~]))/[^\s'"`;,|<>()\[\]{}]+|\b[A-Za-z]:\\[^\s'"`;,|<>]+"""
+)
 _OF_A_RUN = re.compile(r"final|checkpoints|adapter|step-\d+")
 
 
@@ -144,7 +146,7 @@ def read(directory: Path) -> Facts | None:
 
 def without_paths(text: str) -> str:
     """The text with every path that begins at a root, a home or a dot cut to its last name."""
-    return _PATH.sub(lambda match: last_name(match.group()), text)
+    return _PATH.sub(lambda match: match["url"] or last_name(match.group()), text)
 
 
 def last_name(path: str) -> str:

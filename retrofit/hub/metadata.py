@@ -14,8 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 PAPER = "2509.01025"
 
 # The identifiers that the Hub has for licences; any other has to be called `other`.
-LICENSES = frozenset(
-    """
+_LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
     cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
@@ -24,8 +23,8 @@ LICENSES = frozenset(
     etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0
     lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1
     openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
-    """.split()
-)
+"""
+LICENSES = frozenset(_LICENSES.split())
 
 
 def check_license(place: str, value: str) -> None:
@@ -63,7 +62,7 @@ def card_data(
         base_model, datasets: ids on the Hub.
         evaluations: `settings.json` of each evaluation.
     """
-    more = {"base_model_relation": "finetune"} if base_model else {}
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
     results = [result for settings in evaluations for result in _results(settings, datasets)]
     return ModelCardData(
         base_model=base_model,
@@ -111,17 +110,23 @@ def _results(settings: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalR
     ]
 
 
-def base_in_config(directory: Path, base_model: str | None, revision: str | None) -> str | None:
-    """The Hub id of what a model was made from, if its configuration names one.
+def base_model_of(config_file: Path, recorded: str | None, revision: str | None, stated: str | None) -> str | None:
+    """The Hub id of what a model was made from: that in its configuration, or else what the user states.
 
-    Local bases stand there by their last name alone, so a name without owner and revision is none.
+    Local bases stand in a configuration by their last name alone: without owner and revision a name is no id.
 
     Raises:
-        ValueError: it is a path.
+        ValueError: the configuration has a path, or the id of another model than is stated.
     """
-    if base_model is None:
-        return None
-    if revision or "/" in base_model or "\\" in base_model:
-        check_hub_id(f"{directory / 'config.json'}: base_model", base_model)
-        return base_model
-    return None
+    is_id = recorded is not None and (revision is not None or "/" in recorded or "\\" in recorded)
+    if not is_id or recorded is None:
+        return stated
+    try:
+        check_hub_id(f"{config_file}: base_model", recorded)
+    except ValueError as error:
+        if stated is None:
+            raise ValueError(f"{error} or say it with --base-model") from None
+        return stated
+    if stated not in (None, recorded):
+        raise ValueError(f"--base-model: {stated!r}, but {config_file} says {recorded!r}; leave the option out")
+    return recorded
