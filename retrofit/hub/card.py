@@ -191,27 +191,23 @@ def _code(text: str) -> str:
 
 def sampling_code(name: str, *, prompt: str, chat: bool, steps: int, plain: bool) -> str:
     """Five lines (of a plain LLaDA six), for a process beside the folder that has torch and transformers alone."""
-    content = json.dumps(without_paths(prompt), ensure_ascii=True)
+    quoted, content = json.dumps(name), json.dumps(without_paths(prompt), ensure_ascii=True)
     ids = f'tokenizer({content}, add_special_tokens=False)["input_ids"]'
     if chat:
         turn = f'[{{"role": "user", "content": {content}}}]'
         ids = f"tokenizer.apply_chat_template({turn}, add_generation_prompt=True, return_dict=False)"
     lines = [
         "from transformers import AutoModel, AutoTokenizer",
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)",
-        f'model = AutoModel.from_pretrained({name!r}, trust_remote_code=True, dtype="auto").eval()',
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted}, trust_remote_code=True)",
+        f'model = AutoModel.from_pretrained({quoted}, trust_remote_code=True, dtype="auto").eval()',
     ]
+    lines.append(f"prompt = {ids}")
     if plain:
         lines = ["import torch", *lines]
-        lines += [
-            f"ids = torch.tensor([{ids} + 16 * [model.config.mask_token_id]])",
-            "print(tokenizer.decode(model(ids).logits[0].argmax(-1)))",
-        ]
+        canvas = "torch.tensor([prompt + 16 * [model.config.mask_token_id]])"
+        lines.append(f"print(tokenizer.decode(model({canvas}).logits[0].argmax(-1)))")
     else:
-        lines += [
-            f"sample = model.generate([{ids}], steps={steps}, seed=0)[0]",
-            "print(tokenizer.decode(sample.token_ids))",
-        ]
+        lines.append(f"print(tokenizer.decode(model.generate([prompt], steps={steps}, seed=0)[0].token_ids))")
     return "\n".join(lines)
 
 
@@ -256,7 +252,11 @@ def _data(facts: Facts | None, stated: Stated) -> str:
         ]
     elif not stated.datasets:
         lines.append("- The data were not at hand when this card was made.")
-    lines.append(f"- Licence: {stated.license}." if stated.license else "- Licence: none was stated.")
+    lines.append(
+        f"- Licence of the weights: {stated.license}."
+        if stated.license
+        else "- Licence of the weights: none was stated."
+    )
     return "\n".join(lines)
 
 
@@ -403,7 +403,8 @@ def _scores(settings: Mapping[str, Any]) -> str:
         rows = [f"| {term} | {found['mean']:.3f} | {found['error']:.3f} |" for term, found in terms]
         what = f"Loss of {summary['documents']:,} documents, t uniform."
     table = "\n".join([head, *rows])
-    return f"{what}\n\n{table}\n\nRepeat it with `{shlex.join(map(str, command))}`."
+    digests = ", ".join(f"{name} `{str(digest)[:12]}`" for name, digest in settings["data"].items())
+    return f"{what} SHA-256 of the data: {digests}.\n\n{table}\n\nRepeat it with `{shlex.join(map(str, command))}`."
 
 
 # -------------------------------------------------------------------------------------------------------------- limits

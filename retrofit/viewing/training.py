@@ -77,15 +77,16 @@ def lengths(samples: Sequence[tuple[int, int]], histogram: Sequence[tuple[int, i
     left.set_title("samples", fontsize="medium")
     upper = [length for length, _ in histogram]
     lower = [0, *upper[:-1]]
+    widths = [high - low for low, high in zip(lower, upper, strict=True)]  # they differ: bins end at powers of two
     right.barh(
         lower,
-        [100 * count / documents for _, count in histogram],
-        height=[high - low for low, high in zip(lower, upper, strict=True)],
+        [10_000 * count / documents / width for (_, count), width in zip(histogram, widths, strict=True)],
+        height=widths,
         align="edge",
         color=DATA,
         edgecolor="white",
     )
-    right.set_xlabel("% of documents")
+    right.set_xlabel("% per 100 tokens")
     right.set_title("training data", fontsize="medium")
     left.set_ylim(0, 1.05 * max(*tokens, *upper))
     for axes in (left, right):
