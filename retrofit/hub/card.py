@@ -190,7 +190,7 @@ def _code(text: str) -> str:
 
 
 def sampling_code(name: str, *, prompt: str, chat: bool, steps: int, plain: bool) -> str:
-    """Five lines (of a plain LLaDA six), for a process beside the folder that has torch and transformers alone."""
+    """Five lines (of a plain LLaDA seven), for a process beside the folder that has torch and transformers alone."""
     quoted, content = json.dumps(name), json.dumps(without_paths(prompt), ensure_ascii=True)
     ids = f'tokenizer({content}, add_special_tokens=False)["input_ids"]'
     if chat:
@@ -203,9 +203,12 @@ def sampling_code(name: str, *, prompt: str, chat: bool, steps: int, plain: bool
     ]
     lines.append(f"prompt = {ids}")
     if plain:
-        lines = ["import torch", *lines]
-        canvas = "torch.tensor([prompt + 16 * [model.config.mask_token_id]])"
-        lines.append(f"print(tokenizer.decode(model({canvas}).logits[0].argmax(-1)))")
+        lines = [
+            "import torch",
+            *lines,
+            "logits = model(torch.tensor([prompt + 16 * [model.config.mask_token_id]])).logits[0, len(prompt) :]",
+            "print(tokenizer.decode(prompt + logits.argmax(-1).tolist()))",
+        ]
     else:
         lines.append(f"print(tokenizer.decode(model.generate([prompt], steps={steps}, seed=0)[0].token_ids))")
     return "\n".join(lines)

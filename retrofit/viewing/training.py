@@ -34,7 +34,7 @@ def loss_curve(train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[st
     if not any(len(steps) for pair in curves.values() for steps, _ in pair):
         raise ValueError("no loss was logged")
     if not any(len(steps) for steps, _ in curves["insertion"]):
-        del curves["unmasking"]  # a plain masked-diffusion model: its one term is the loss
+        curves = {"loss": curves["loss"]}  # a plain masked-diffusion model: its one term is the loss
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, ((steps, losses), (held_steps, held_losses)) in curves.items():
@@ -42,7 +42,7 @@ def loss_curve(train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[st
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, running_mean(losses, SMOOTHED), color=colour, linewidth=1.8, label=NAMES[name])
         axes.plot(held_steps, held_losses, color=colour, marker="o", markersize=5, linestyle="none")
-    if len(curves) == 2:  # without insertion
+    if len(curves) == 1:
         axes.get_lines()[1].set_label("loss")
     axes.plot([], [], color="black", marker="o", markersize=5, linestyle="none", label="held out")
     shown = np.concatenate([losses for pair in curves.values() for _, losses in pair])

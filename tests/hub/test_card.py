@@ -126,6 +126,18 @@ def test_a_base_without_the_rest_says_what_it_is_good_for(run: Path, tmp_path: P
     assert run_apart(text, tmp_path, tmp_path / "cache").startswith("see notes.txt")
 
 
+def test_a_run_of_a_plain_llada_has_a_card_of_its_own(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    make_recipe(tmp_path / "run", file=tmp_path / "recipe.yaml")
+    options = ["--objective.name=mdm", "--model.time_hidden_size=null", "--training.max_steps=2"]
+    assert main(["train", str(tmp_path / "recipe.yaml"), *options, "--training.sample_steps=2"]) == 0
+    text, metadata = export(tmp_path / "run", tmp_path / "out")
+    assert "A plain LLaDA, a masked-diffusion language model with a fixed window: made from `model`" in text
+    assert "objective | mdm, window 32" in text and "flexmdm" not in metadata["tags"]
+    assert [path.name for path in (tmp_path / "out/img").iterdir()] == ["loss.png"]
+
+
 def test_a_folder_without_a_run_has_a_card_of_what_is_known(tmp_path: Path) -> None:
     adapter = make(tmp_path)
     text, metadata = export(adapter, tmp_path / "folder")
