@@ -23,6 +23,7 @@ from retrofit.checkpoints import loading
 from retrofit.checkpoints.loading import Source
 from retrofit.checkpoints.weights import Weights
 from retrofit.credentials import mask_tokens
+from retrofit.evaluation.loss import GAPS
 from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.training.log import format_seconds
 from retrofit.viewing import training as pictures
@@ -31,7 +32,7 @@ from .facts import Facts, last_name, read, without_paths
 from .metadata import PAPER, base_model_of, card_data, check_hub_id, check_license
 
 CARD = "README.md"
-LOSS, LENGTHS = "img/loss.png", "img/lengths.png"
+LOSS, LENGTHS, CALIBRATION = "img/loss.png", "img/lengths.png", "img/calibration.png"
 _STEPS = 64  # of the sampler, where the run names none
 
 CITATION = f"""```bibtex
@@ -101,7 +102,8 @@ def make_card(
         evaluations=evaluations,
         is_flexmdm=not plain,
     )
-    drawn = _pictures(facts)
+    gaps = next(filter(None, map(_gaps, stated.evaluations)), [])
+    drawn = _pictures(facts, gaps)
     parts = [
         f"# {name}",
         _what(config, facts, base_model, plain=plain, weights=weights),
@@ -116,6 +118,7 @@ def make_card(
         *([_folded_recipe(facts.recipe)] if facts else []),
         "## Evaluation",
         *([_scores(settings) for settings in evaluations] or ["None was given."]),
+        *([f"![Tokens missing against expected]({CALIBRATION})", _CALIBRATION_TEXT] if CALIBRATION in drawn else []),
         "## Limits",
         _limits(config, plain=plain),
         "## Citation",
@@ -334,9 +337,18 @@ _LENGTHS_TEXT = (
 )
 
 
-def _pictures(facts: Facts | None) -> dict[str, bytes]:
-    """The pictures for which the run has recorded enough."""
+_CALIBRATION_TEXT = (
+    "Each document that the loss was measured on, at its t, some tokens deleted: how many are missing, and how many "
+    "the insertion head expects, summed over its gaps. Where it is calibrated, the means lie on the diagonal."
+)
+
+
+def _pictures(facts: Facts | None, gaps: list[tuple[float, float]]) -> dict[str, bytes]:
+    """The pictures for which run and evaluations have recorded enough."""
     drawn: dict[str, bytes] = {}
+    if gaps:
+        expected, missing = zip(*gaps, strict=True)
+        drawn[CALIBRATION] = pictures.png(pictures.calibration(expected, missing))
     if facts is None:
         return drawn
     losses = [record.get("loss") for record in (*facts.train, *facts.held_out)]
@@ -380,6 +392,22 @@ def _evaluation(path: Path, source: Source, *, plain: bool) -> dict[str, Any]:
             "evaluate these"
         )
     return dict(settings)
+
+
+def _gaps(path: Path) -> list[tuple[float, float]]:
+    """(expected, missing) tokens of each document of an evaluation of the loss; [] of any other.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    file = path / GAPS
+    if not file.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [(float(row["expected"]), float(row["missing"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not rows of expected and missing tokens ({error}); evaluate again") from error
 
 
 def _scores(settings: Mapping[str, Any]) -> str:

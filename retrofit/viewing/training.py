@@ -1,4 +1,4 @@
-"""Pictures of a training run: its losses, and the lengths that it writes against those of its data.
+"""Pictures of a training run: its losses, what its insertion head expects, and the lengths that it writes.
 
 Each function takes records as the run wrote them and gives a matplotlib Figure, drawn without a display.
 """
@@ -91,6 +91,34 @@ def lengths(samples: Sequence[tuple[int, int]], histogram: Sequence[tuple[int, i
     left.set_ylim(0, 1.05 * max(*tokens, *upper))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def calibration(expected: Sequence[float], missing: Sequence[float]) -> Figure:
+    """Tokens missing in each held-out document against those that the model expects, and means of tenths of them.
+
+    Where the insertion head is calibrated, the means lie on the diagonal.
+
+    Args:
+        expected, missing: of each document at its t, summed over its open gaps.
+
+    Raises:
+        ValueError: there are no documents.
+    """
+    if not expected:
+        raise ValueError("there are no gaps to compare")
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    x, y = np.array(expected), np.array(missing)
+    tenths = [part for part in np.array_split(np.argsort(x, kind="stable"), 10) if len(part)]
+    limit = 1.05 * max(x.max(), y.max(), 1.0)
+    axes.plot([0, limit], [0, limit], color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.plot(x, y, "o", color=DATA, markersize=3, alpha=0.5, label="a document")
+    means = [x[part].mean() for part in tenths], [y[part].mean() for part in tenths]
+    axes.plot(*means, "s", color=COLOURS["insertion"], markersize=6, label="mean of a tenth")
+    axes.set(xlabel="tokens expected", ylabel="tokens missing", xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

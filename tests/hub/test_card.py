@@ -26,6 +26,7 @@ from tests.conftest import MakeRecipe
 from tests.hub.conftest import make
 
 PROMPT = "see /home/someone/notes.txt"
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "aB3dE6gH9" * 4
 
 
@@ -40,6 +41,10 @@ def run(toy: Path, make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFac
     scores = ["--task", "loss", "--data", str(toy / "store"), "--output", str(root / "scores")]
     assert main(["evaluate", str(root / "run"), *scores]) == 0
     return root / "run"
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^## .*$", text, re.M)
 
 
 def export(source: Path, dest: Path, *options: str) -> tuple[str, dict[str, Any]]:
@@ -64,8 +69,10 @@ def run_apart(text: str, beside: Path, cache: Path) -> str:
 def test_a_card_says_what_the_run_recorded_and_its_code_runs(run: Path, tmp_path: Path) -> None:
     options = ["--license", "apache-2.0", "--dataset", "some/data", "--evaluation", str(run.parent / "scores")]
     text, metadata = export(run, tmp_path / "flexmdm", *options)
-    assert {path.name for path in (tmp_path / "flexmdm/img").iterdir()} == {"loss.png", "lengths.png"}
-    assert set(re.findall(r"\]\((img/[^)]+)\)", text)) == {"img/loss.png", "img/lengths.png"}
+    drawn = {f"img/{path.name}" for path in (tmp_path / "flexmdm/img").iterdir()}
+    assert drawn == {"img/loss.png", "img/lengths.png", "img/calibration.png"}
+    assert set(re.findall(r"\]\((img/[^)]+)\)", text)) == drawn
+    assert headings(text) == headings((ROOT / "docs/card-sample.md").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     train, held_out = ([record for record in log if record["kind"] == kind] for kind in ("train", "held_out"))
     assert "| steps | 6 of 6 |" in text and "| documents seen | 48 (8 a step) |" in text
@@ -202,6 +209,15 @@ def test_an_evaluation_of_other_weights_is_refused(run: Path, tmp_path: Path, ca
         (tmp_path / "torn/settings.json").write_text(content)
         assert main(["export", str(run), str(tmp_path / "c"), "--evaluation", str(tmp_path / "torn")]) == 2
         assert "not the settings of an evaluation" in capsys.readouterr().err
+
+
+def test_broken_gaps_of_an_evaluation_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(run.parent / "scores", tmp_path / "scores")
+    for content in ("{", '{"expected": 1}\n', '["a"]\n', '{"expected": "x", "missing": 1}\n'):
+        (tmp_path / "scores/gaps.jsonl").write_text(content)
+        assert main(["export", str(run), str(tmp_path / "out"), "--evaluation", str(tmp_path / "scores")]) == 2
+        error = capsys.readouterr().err
+        assert "gaps.jsonl: not rows of expected and missing tokens" in error and len(error.splitlines()) == 1
 
 
 def test_scores_of_the_maze_carry_the_sampler(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrofit.viewing.training import lengths, loss_curve, png, running_mean
+from retrofit.viewing.training import calibration, lengths, loss_curve, png, running_mean
 
 TRAIN: list[dict[str, Any]] = [
     {"step": 10 * i, "loss": 3.0 / i, "unmasking": 2.0 / i, "insertion": 1.0 / i} for i in range(1, 61)
@@ -51,6 +51,18 @@ def test_lengths_of_samples_stand_beside_the_density_of_the_data() -> None:
     areas = [bar.get_width() * bar.get_height() / 100 for bar in right.patches]  # % per 100 tokens times tokens
     assert areas == pytest.approx([25, 75])
     assert [bar.get_y() for bar in right.patches] == [0, 64] and left.get_ylim() == right.get_ylim()
+
+
+def test_calibration_shows_means_of_tenths_by_what_was_expected() -> None:
+    (axes,) = calibration([*range(19, -1, -1)], [*range(39, -1, -2)]).axes
+    _, documents, means = axes.get_lines()
+    assert len(documents.get_xdata()) == 20
+    assert list(means.get_xdata()) == [2 * i + 0.5 for i in range(10)]
+    assert list(means.get_ydata()) == [4 * i + 2 for i in range(10)]  # missing is 2 expected + 1
+    assert axes.get_xlim() == axes.get_ylim()
+    assert len(calibration([1.0], [0.0]).axes[0].get_lines()[2].get_xdata()) == 1
+    with pytest.raises(ValueError, match="^there are no gaps to compare$"):
+        calibration([], [])
 
 
 def test_pictures_are_the_same_bytes_each_time_and_not_empty() -> None:
