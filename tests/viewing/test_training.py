@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from retrofit.viewing.training import calibration, lengths, loss_curve, png, running_mean
@@ -17,12 +18,16 @@ TRAIN: list[dict[str, Any]] = [
 HELD_OUT = [{"step": 300, "loss": 0.5, "unmasking": 0.3, "insertion": 0.2}]
 
 
+def parts(figure: Figure) -> list[Any]:
+    return list(figure.axes)
+
+
 def labels(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_the_loss_curve_shows_both_terms_as_logged_smoothed_and_held_out() -> None:
-    (axes,) = loss_curve(TRAIN, HELD_OUT).axes
+    (axes,) = parts(loss_curve(TRAIN, HELD_OUT))
     assert labels(axes) == ["both terms", "unmasking", "insertion", "held out"]
     raw, smooth, points = axes.get_lines()[3:6]  # of the unmasking term
     assert list(raw.get_ydata()) == [record["unmasking"] for record in TRAIN]
@@ -33,7 +38,7 @@ def test_the_loss_curve_shows_both_terms_as_logged_smoothed_and_held_out() -> No
 
 def test_a_run_of_one_term_has_one_curve_and_what_is_not_a_number_is_left_out() -> None:
     train = [{"step": i, "loss": loss, "unmasking": loss} for i, loss in enumerate([2.0, "NaN", 1.0, None])]
-    (axes,) = loss_curve(train, []).axes
+    (axes,) = parts(loss_curve(train, []))
     assert labels(axes) == ["loss", "held out"]
     assert list(axes.get_lines()[0].get_xdata()) == [0, 2] and axes.get_yscale() == "linear"
 
@@ -45,7 +50,7 @@ def test_the_running_mean_keeps_a_constant_and_the_ends() -> None:
 
 
 def test_lengths_of_samples_stand_beside_the_density_of_the_data() -> None:
-    left, right = lengths([(10, 120), (20, 90)], [(64, 1), (128, 3)]).axes
+    left, right = parts(lengths([(10, 120), (20, 90)], [(64, 1), (128, 3)]))
     (points,) = left.get_lines()
     assert (list(points.get_xdata()), list(points.get_ydata())) == ([10, 20], [120, 90])
     areas = [bar.get_width() * bar.get_height() / 100 for bar in right.patches]  # % per 100 tokens times tokens
@@ -54,13 +59,13 @@ def test_lengths_of_samples_stand_beside_the_density_of_the_data() -> None:
 
 
 def test_calibration_shows_means_of_tenths_by_what_was_expected() -> None:
-    (axes,) = calibration([*range(19, -1, -1)], [*range(39, -1, -2)]).axes
+    (axes,) = parts(calibration([*range(19, -1, -1)], [*range(39, -1, -2)]))
     _, documents, means = axes.get_lines()
     assert len(documents.get_xdata()) == 20
     assert list(means.get_xdata()) == [2 * i + 0.5 for i in range(10)]
     assert list(means.get_ydata()) == [4 * i + 2 for i in range(10)]  # missing is 2 expected + 1
     assert axes.get_xlim() == axes.get_ylim()
-    assert len(calibration([1.0], [0.0]).axes[0].get_lines()[2].get_xdata()) == 1
+    assert len(parts(calibration([1.0], [0.0]))[0].get_lines()[2].get_xdata()) == 1
     with pytest.raises(ValueError, match="^there are no gaps to compare$"):
         calibration([], [])
 
