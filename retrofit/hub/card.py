@@ -100,6 +100,7 @@ def make_card(
         license=stated.license,
         datasets=stated.datasets,
         evaluations=evaluations,
+        data_digest=facts.data.digest if facts and facts.data else None,
         is_flexmdm=not plain,
     )
     gaps = next(filter(None, map(_gaps, stated.evaluations)), [])

@@ -53,6 +53,7 @@ def card_data(
     license: str | None,
     datasets: Sequence[str],
     evaluations: Sequence[Mapping[str, Any]],
+    data_digest: str | None,
     is_flexmdm: bool,
 ) -> ModelCardData:
     """The metadata of a card.
@@ -61,9 +62,10 @@ def card_data(
         name: of the model, for its scores.
         base_model, datasets: ids on the Hub.
         evaluations: `settings.json` of each evaluation.
+        data_digest: of the manifest of the training data, if it is known.
     """
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
-    results = [result for settings in evaluations for result in _results(settings, datasets)]
+    results = [result for settings in evaluations for result in _results(settings, datasets, data_digest)]
     return ModelCardData(
         base_model=base_model,
         datasets=list(datasets) or None,
@@ -77,7 +79,7 @@ def card_data(
     )
 
 
-def _results(settings: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
+def _results(settings: Mapping[str, Any], datasets: Sequence[str], data_digest: str | None) -> list[EvalResult]:
     """An evaluation's scores: solved problems of each level, or nats a document of each term."""
     summary = settings["summary"]
     common: dict[str, Any] = {"task_type": "text-generation", "task_name": "text generation"}
@@ -96,11 +98,12 @@ def _results(settings: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalR
             )
             for level, found in summary["levels"].items()
         ]
+    is_of_training = data_digest is not None and settings["data"].get("manifest") == data_digest
     return [
         EvalResult(
             **common,
-            dataset_type=datasets[0] if len(datasets) == 1 else "training-data",
-            dataset_name="documents of the training data",
+            dataset_type=datasets[0] if is_of_training and len(datasets) == 1 else "prepared-documents",
+            dataset_name="training data" if is_of_training else "prepared documents",
             dataset_split=settings["split"],
             metric_type="loss",
             metric_name=f"{term} loss, nats a document",

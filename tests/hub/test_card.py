@@ -88,6 +88,7 @@ def test_a_card_says_what_the_run_recorded_and_its_code_runs(run: Path, tmp_path
     summary = json.loads((run.parent / "scores/settings.json").read_text())["summary"]
     (result,) = metadata["model-index"][0]["results"]
     found = {metric["name"].split()[0]: metric["value"] for metric in result["metrics"]}
+    assert result["dataset"] == {"name": "training data", "type": "some/data", "split": "held_out"}
     assert found == {name: round(term["mean"], 4) for name, term in summary["terms"].items()}
     assert f"| insertion | {summary['terms']['insertion']['mean']:.3f} |" in text
     assert "`retrofit evaluate CHECKPOINT --task loss --data DATA --split held_out --seed 0`" in text
@@ -266,6 +267,9 @@ def test_data_that_changed_since_are_not_described(run: Path, toy: Path, tmp_pat
     shutil.copytree(run, copy)
     recipe = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(recipe.replace(str(toy / "store"), str(toy / "other_store")))
+    options = ["--dataset", "some/data", "--evaluation", str(run.parent / "scores")]
+    _, metadata = export(copy, tmp_path / "scored", *options)
+    assert metadata["model-index"][0]["results"][0]["dataset"]["type"] == "prepared-documents"
     text, _ = export(copy, tmp_path / "out")
     assert "not at hand" in text and not (tmp_path / "out/img/lengths.png").exists()
 
