@@ -80,15 +80,15 @@ def make_card(
 
     Args:
         source, config: what is exported, and the configuration that it has.
+        stated: checked by the caller.
         name: of the folder.
         plain: a plain LLaDA is written, whatever the source is.
         weights: that are written.
 
     Raises:
-        ValueError: something stated or recorded is no valid metadata, an evaluation is unreadable or is not of these
+        ValueError: the recorded base is no Hub id, or another than is stated; an evaluation is unreadable or is not of these
             weights, or the run's recipe is broken.
     """
-    stated.check()
     recorded, revision = getattr(config, "base_model", None), _revision(config)
     base_model = base_model_of(source.directory / "config.json", recorded, revision, stated.base_model)
     evaluations = [_evaluation(path, source, plain=plain) for path in stated.evaluations]

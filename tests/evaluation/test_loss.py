@@ -15,7 +15,7 @@ from retrofit.data.maze import Maze, draw_problems, flexmdm_row
 from retrofit.data.preprocess import preprocess
 from retrofit.data.tiny import init
 from retrofit.evaluation import evaluate
-from retrofit.evaluation.loss import recipe_window, score_loss
+from retrofit.evaluation.loss import _missing, recipe_window, score_loss
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAForMaskedDiffusion
 
 
@@ -68,6 +68,17 @@ def test_expected_and_missing_tokens_are_those_of_the_open_gaps(folder: Path) ->
         score_loss(LLaDAForMaskedDiffusion.from_pretrained(folder / "mdm").eval(), folder / "data", **options).files
         == {}
     )
+
+
+def test_closed_gaps_count_neither_as_expected_nor_as_missing() -> None:
+    batch: Any = SimpleNamespace(
+        timesteps=torch.tensor([0.25, 0.5]),
+        gaps=torch.tensor([1, 2, 4, 8, 16]),
+        open_gaps=torch.tensor([True, False, True, True, False]),
+        packed=SimpleNamespace(sequence_ids=torch.tensor([0, 0, 0, 1, 1])),
+    )
+    rows = _missing(batch, torch.tensor([0.5, 10.0, 1.0, 2.0, 10.0]))
+    assert rows == [{"t": 0.25, "expected": 1.5, "missing": 5.0}, {"t": 0.5, "expected": 2.0, "missing": 8.0}]
 
 
 def by_t(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

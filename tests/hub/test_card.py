@@ -106,10 +106,12 @@ def test_a_card_holds_nothing_of_the_machine(run: Path, tmp_path: Path, monkeypa
     record["platform"], record["git"] = "Linux-on-secret-host", {"commit": "c" * 40, "branch": "secret-branch"}
     (poisoned / "environment.json").write_text(json.dumps(record))
     recipe = (poisoned / "recipe.yaml").read_text()
+    recipe = re.sub("output_dir: .*", "output_dir: secret-project/run", recipe)
     prompts = f"  - 'C:\\secret\\x and {TOKEN}'\n  - ~/secret/y\n"
     (poisoned / "recipe.yaml").write_text(recipe.replace("  prompts:\n", "  prompts:\n" + prompts))
     monkeypatch.setenv("WANDB_API_KEY", "secret0123456789secret")
     text, _ = export(poisoned, tmp_path / "out")
+    assert "output_dir: run\n" in text and "init_from: model\n" in text and "path: store\n" in text
     assert "secret" not in text and TOKEN not in text and "someone" not in text
     for word in (str(Path.home()), str(tmp_path), str(run), socket.gethostname(), os.getcwd()):
         assert word not in text or len(word) < 3, word
