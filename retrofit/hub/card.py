@@ -86,8 +86,8 @@ def make_card(
         weights: that are written.
 
     Raises:
-        ValueError: the recorded base is no Hub id, or another than is stated; an evaluation is unreadable or is not of these
-            weights, or the run's recipe is broken.
+        ValueError: the recorded base is no Hub id, or another than is stated; an evaluation is unreadable or is not of
+            these weights; the run's recipe is broken.
     """
     recorded, revision = getattr(config, "base_model", None), _revision(config)
     base_model = base_model_of(source.directory / "config.json", recorded, revision, stated.base_model)
