@@ -241,6 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--base-only", action="store_true", help="write a plain LLaDA: time conditioning and insertion head left out"
     )
+    _add_card(export)
     _add_push(
         verb(
             "push",
@@ -552,6 +553,24 @@ def _add_whole(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card, as the Hub calls it: apache-2.0")
+    parser.add_argument(
+        "--base-model", metavar="ID", help="Hub id of the base, if training started from a copy on disk"
+    )
+    parser.add_argument(
+        "--dataset", metavar="ID", action="append", default=[], help="Hub id of training data (may be repeated)"
+    )
+    parser.add_argument(
+        "--evaluation",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="scores that `retrofit evaluate --output DIR` wrote (may be repeated)",
+    )
+
+
 def _merge(options: argparse.Namespace) -> None:
     from retrofit.hub.merge import merge
 
@@ -565,8 +584,10 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from retrofit.hub.card import Stated
     from retrofit.hub.export import export
 
+    stated = Stated(options.base_model, options.license, tuple(options.dataset), tuple(options.evaluation))
     export(
         options.source,
         options.dest,
@@ -574,6 +595,7 @@ def _export(options: argparse.Namespace) -> None:
         shard_size=options.shard_size,
         dtype=options.dtype,
         base_only=options.base_only,
+        stated=stated,
     )
 
 

@@ -51,8 +51,9 @@ def evaluate(
         limit: documents, or problems of each level; None means all.
         steps, order, temperature, seed: of the sampler; `order` is for a FlexMDM alone. Temperature None means 1 for a
             FlexMDM and 0, LLaDA's own, for an MDM.
-        output: a directory that does not exist or is empty. It receives settings.json, and from the maze results.jsonl
-            (a row a problem) and trace.jsonl (how some of them were written).
+        output: a directory that does not exist or is empty. It receives settings.json, from the maze results.jsonl
+            (a row a problem) and trace.jsonl (how some of them were written), and from a FlexMDM's loss gaps.jsonl (t,
+            tokens missing and tokens expected of each document).
 
     Raises ValueError for an unknown task, data that do not fit, or an occupied `output`.
     """

@@ -11,9 +11,11 @@ import torch
 from retrofit.data.store import TokenStore
 from retrofit.data.stream import StepStream
 from retrofit.objective import FlexMDMObjective, MDMObjective
+from retrofit.objective.objectives import MicroBatch
 
 from . import Score
 
+GAPS = "gaps.jsonl"
 DOCUMENTS_AT_ONCE = 256
 MAX_ROWS = 16384  # rows of one forward pass: bounds memory, changes nothing else
 
@@ -67,13 +69,17 @@ def score_loss(
         max_steps=1,
     )
     values: dict[str, list[float]] = {}
+    missing: list[dict[str, float]] = []
+    watched = _Watched(model)
     with torch.no_grad():
         for ordinals in torch.arange(total).split(DOCUMENTS_AT_ONCE):
             examples = stream.examples(ordinals)
             for rows in stream.cut(examples.lengths.tolist()):
                 batch = examples.micro_batch(rows).to(model.device)
-                for name, losses in objective.loss_terms(model, batch).items():
+                for name, losses in objective.loss_terms(watched, batch).items():
                     values.setdefault(name, []).extend(losses.double().tolist())
+                if is_flexmdm:
+                    missing += _missing(batch, watched.expected_gaps)
     values["total"] = [sum(losses) for losses in zip(*values.values(), strict=True)]
     terms = {name: _mean_and_error(losses) for name, losses in values.items()}
     lines = [f"{'term':<12}{'nats a document':>16}{'standard error':>16}"]
@@ -85,7 +91,29 @@ def score_loss(
         "window": canvas,
         "data": {"split_digest": store.digest, "manifest": store.manifest.digest},
     }
-    return Score("\n".join(lines), summary, settings)
+    return Score("\n".join(lines), summary, settings, {GAPS: missing} if is_flexmdm else {})
+
+
+class _Watched:
+    """The model, and the expected gaps of its last call."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.expected_gaps: torch.Tensor | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        out = self.model(**inputs)
+        self.expected_gaps = getattr(out, "expected_gaps", None)
+        return out
+
+
+def _missing(batch: MicroBatch, expected_gaps: torch.Tensor | None) -> list[dict[str, float]]:
+    """Of each document its t, the tokens missing in its open gaps, and how many the model expects there."""
+    assert expected_gaps is not None and batch.gaps is not None and batch.open_gaps is not None
+    counts = torch.stack([expected_gaps.double(), batch.gaps.double()]) * batch.open_gaps
+    sums = counts.new_zeros(2, len(batch.timesteps)).index_add(1, batch.packed.sequence_ids, counts)
+    rows = zip(batch.timesteps.tolist(), *sums.tolist(), strict=True)
+    return [{"t": t, "expected": expected, "missing": missing} for t, expected, missing in rows]
 
 
 def recipe_window(directory: Path) -> int | None:

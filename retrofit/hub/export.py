@@ -1,8 +1,8 @@
 """`retrofit export`: a folder that loads with torch and transformers alone.
 
 It holds the weights, config.json with the schedules, the ids, the base and the `auto_map` of the code that loads it,
-generation settings, the tokenizer's files, and of the room `flexmdm/` the files that are needed. There is no manifest:
-the folder is the user's to edit, and the Hub has digests of its own.
+generation settings, the tokenizer's files, of the room `flexmdm/` the files that are needed, and a model card. There is
+no manifest: the folder is the user's to edit, and the Hub has digests of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from retrofit.flexmdm import FlexMDMConfig, LLaDAConfig
 from retrofit.flexmdm.configuration import FLEXMDM_AUTO_MAP, LLADA_AUTO_MAP
 from retrofit.flexmdm.modeling import NEW_MODULES
 
+from .card import Stated, make_card
 from .whole import DTYPES, held, new_directory, parse_size, refuse_existing, whole, write_whole
 
 _ROOM = Path(retrofit.flexmdm.__file__).parent
@@ -36,6 +37,7 @@ def export(
     shard_size: str = "5GB",
     dtype: str | None = None,
     base_only: bool = False,
+    stated: Stated | None = None,
 ) -> None:
     """Writes a stand-alone folder.
 
@@ -44,17 +46,26 @@ def export(
         dest: must not exist; it appears when it is complete.
         dtype: a name of DTYPES; None keeps the backbone's own.
         base_only: leave out what makes the model a FlexMDM: a plain LLaDA in the released layout is written.
+        stated: for the card, what no file says.
 
     Raises:
-        ValueError: nothing loadable at `path`, its files do not fit together, or dest exists.
+        ValueError: nothing loadable at `path`, its files do not fit together, dest exists, or the card's metadata would
+            not be valid.
     """
     refuse_existing(dest)
+    stated = stated or Stated()
+    stated.check()
     most = parse_size(shard_size)
     source = loading.resolve(path, revision)
     with held(source):
-        plain = base_only or not isinstance(loading.model_config(source), FlexMDMConfig)
+        config = loading.model_config(source)
+        plain = base_only or not isinstance(config, FlexMDMConfig)
         model, weights = whole(source, None if dtype is None else DTYPES[dtype], NEW_MODULES if plain else ())
+        card = make_card(source, config, stated, name=dest.name, plain=plain, weights=weights)
+        if stated.base_model and not plain:
+            model.config.base_model = stated.base_model
         with new_directory(dest) as directory:
+            write_files(directory, dict(card))
             write_files(directory, _tokenizer_files(source))
             write_files(directory, _plain_files(model.config) if plain else _flexmdm_files(model.config))
             write_whole(directory, weights, most)

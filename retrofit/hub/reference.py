@@ -111,7 +111,7 @@ def import_reference(
             insertion_head_form="softplus",
             max_gap=max_gap,
             token_flags=False,
-            base_model=origin.name,
+            base_model=origin.name if origin.revision else Path(origin.name).name,  # no local path travels
             base_revision=origin.revision,
         )
     weights = _weights(source, config, published, origin, lora_alpha)

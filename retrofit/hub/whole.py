@@ -112,7 +112,7 @@ def new_directory(dest: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             checkpoint.sync(path)
         refuse_existing(dest)
         temporary.rename(dest)

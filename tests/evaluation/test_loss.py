@@ -15,7 +15,7 @@ from retrofit.data.maze import Maze, draw_problems, flexmdm_row
 from retrofit.data.preprocess import preprocess
 from retrofit.data.tiny import init
 from retrofit.evaluation import evaluate
-from retrofit.evaluation.loss import recipe_window, score_loss
+from retrofit.evaluation.loss import _missing, recipe_window, score_loss
 from retrofit.flexmdm import FlexMDMForMaskedDiffusion, LLaDAForMaskedDiffusion
 
 
@@ -48,6 +48,41 @@ def test_a_flexmdm_has_two_terms_and_their_sum(folder: Path) -> None:
     assert list(terms) == ["unmasking", "insertion", "total"]
     assert math.isclose(terms["total"]["mean"], terms["unmasking"]["mean"] + terms["insertion"]["mean"], rel_tol=1e-9)
     assert all(term["error"] > 0 for term in terms.values())
+
+
+def test_expected_and_missing_tokens_are_those_of_the_open_gaps(folder: Path) -> None:
+    """At the start the head's guess is a function of t alone: n (1 - alpha) over n alpha + 1 for each row."""
+    options: dict[str, Any] = {"split": "held_out", "limit": 40, "window": None, "seed": 0}
+    rows = score_loss(flexmdm(folder), folder / "data", **options).files["gaps.jsonl"]
+    cut = score_loss(flexmdm(folder), folder / "data", **options, max_rows=100).files["gaps.jsonl"]
+    assert len(rows) == 40 and all(math.isclose(a["t"], b["t"]) for a, b in zip(*map(by_t, (rows, cut)), strict=True))
+    for row, other in zip(by_t(rows), by_t(cut), strict=True):
+        assert row["missing"] == other["missing"] and math.isclose(row["expected"], other["expected"], rel_tol=1e-5)
+        guess = (1 - row["t"]) * 15 / (15 * row["t"] + 1)  # per gap, of which few are closed
+        assert row["missing"] == int(row["missing"]) >= 0
+        assert round(row["expected"] / guess, 3) == pytest.approx(round(row["expected"] / guess), abs=0.02)
+    early = [row["missing"] for row in rows if row["t"] < 0.2]
+    late = [row["missing"] for row in rows if row["t"] > 0.8]
+    assert sum(early) / len(early) > 5 > 2 > sum(late) / len(late)
+    assert (
+        score_loss(LLaDAForMaskedDiffusion.from_pretrained(folder / "mdm").eval(), folder / "data", **options).files
+        == {}
+    )
+
+
+def test_closed_gaps_count_neither_as_expected_nor_as_missing() -> None:
+    batch: Any = SimpleNamespace(
+        timesteps=torch.tensor([0.25, 0.5]),
+        gaps=torch.tensor([1, 2, 4, 8, 16]),
+        open_gaps=torch.tensor([True, False, True, True, False]),
+        packed=SimpleNamespace(sequence_ids=torch.tensor([0, 0, 0, 1, 1])),
+    )
+    rows = _missing(batch, torch.tensor([0.5, 10.0, 1.0, 2.0, 10.0]))
+    assert rows == [{"t": 0.25, "expected": 1.5, "missing": 5.0}, {"t": 0.5, "expected": 2.0, "missing": 8.0}]
+
+
+def by_t(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: row["t"])
 
 
 def test_the_loss_does_not_depend_on_how_it_is_cut_and_repeats(folder: Path) -> None:

@@ -102,7 +102,7 @@ def test_what_the_checkpoint_lacks_comes_from_the_base(
     arguments = [str(source), str(tmp_path / "imported"), "--base", str(home), "--insertion-schedule", "linear"]
     assert cli.main(["import-reference", *arguments]) == 0
     model = assert_golden(tmp_path / "imported")
-    assert isinstance(model.config.schedules.insertion, Linear) and model.config.base_model == str(home)
+    assert isinstance(model.config.schedules.insertion, Linear) and model.config.base_model == home.name
 
 
 def test_without_the_new_modules_it_is_a_llada(published: dict[str, torch.Tensor], base: Path, tmp_path: Path) -> None:
