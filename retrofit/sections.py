@@ -143,7 +143,7 @@ class ObjectiveSection:
     time_strata: PositiveInt | None = None
     """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
     time_sampling: Literal["uniform", "importance"] | None = None
-    """density of t; both have the same mean loss; null: importance if the recipe's schedules are linear, else uniform"""
+    """density of t; both have the same mean loss; null: importance if its schedules are linear, else uniform"""
 
     def __post_init__(self) -> None:
         if self.name == "mdm" and self.time_sampling == "importance":
