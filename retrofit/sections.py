@@ -143,13 +143,11 @@ class ObjectiveSection:
     time_strata: PositiveInt | None = None
     """consecutive draws over which t is stratified and permuted; null: documents_per_step"""
     time_sampling: Literal["uniform", "importance"] | None = None
-    """density of t; importance has the same mean loss and less variance; null: importance, for an mdm uniform"""
+    """density of t; both have the same mean loss; null: importance if its schedules are linear, else uniform"""
 
     def __post_init__(self) -> None:
         if self.name == "mdm" and self.time_sampling == "importance":
             raise ValueError("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
-        if self.time_sampling is None:  # recipes are recorded with what was done
-            object.__setattr__(self, "time_sampling", "importance" if self.name == "flexmdm" else "uniform")
 
 
 @dataclass(config=_STRICT, kw_only=True, frozen=True)
@@ -293,6 +291,12 @@ class Recipe:
     sampling: SamplingSection = field(default_factory=SamplingSection)
 
     def __post_init__(self) -> None:
+        if self.objective.time_sampling is None:  # recipes are recorded with what was done
+            # With other schedules importance was measured to gain little, and to cost insertion (benchmarks/README.md).
+            schedules = (self.model.insertion_schedule, self.model.unmasking_schedule)
+            linear = all(schedule is None or schedule["type"] == "linear" for schedule in schedules)
+            chosen = "importance" if linear and self.objective.name == "flexmdm" else "uniform"
+            object.__setattr__(self.objective, "time_sampling", chosen)
         if self.objective.name == "mdm":
             # The documents of a flexmdm keep their own lengths, which are compared with the budget when the data are.
             budget = self.training.max_tokens_per_device

@@ -300,6 +300,11 @@ def test_importance_sampled_t_is_a_flexmdm_s_and_the_recipe_says_what_is_done(lo
     mdm = MINIMAL.replace("name: flexmdm", "name: mdm")
     assert load(MINIMAL).objective.time_sampling == "importance" and load(mdm).objective.time_sampling == "uniform"
     assert load(MINIMAL, "--objective.time_sampling", "uniform").objective.time_sampling == "uniform"
+    for schedule in ("insertion_schedule", "unmasking_schedule"):
+        power = (f"--model.{schedule}", "{type: power, exponent: 2}")
+        assert load(MINIMAL, *power).objective.time_sampling == "uniform"
+        assert load(MINIMAL, *power, "--objective.time_sampling", "importance").objective.time_sampling == "importance"
+        assert load(MINIMAL, f"--model.{schedule}", "{type: linear}").objective.time_sampling == "importance"
     (problem,) = problems(mdm, "--objective.time_sampling", "importance")
     assert problem.endswith("time_sampling: importance is for flexmdm; an mdm's t is uniform, as LLaDA's: remove it")
 
