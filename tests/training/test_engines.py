@@ -199,8 +199,8 @@ def test_no_rank_holds_more_than_the_estimate_says(root: Path) -> None:
 
     What is gathered is an upper bound, so the estimate may be larger, by no more than that. Beside the buckets, 1.6 GB
     or 0.2 GB of ZeRO, it was 1.17 MB for 1.00 under ZeRO-1, 1.09 for 1.02 under ZeRO-2, 1.06 for 0.88 under ZeRO-3,
-    and 0.79 for 0.67 under FSDP2. DDP gathers nothing, and held 1.07 MB of the 1.09 estimated: why it holds less than
-    one process, of which the estimate is exact, is not known yet.
+    and 0.79 for 0.67 under FSDP2. DDP gathers nothing, and held 1.07 MB of the 1.09 estimated: the
+    log's parts are those of the budget that was estimated, and trials made it smaller.
     """
     found = next(line for line in read_log(root / "auto-tight") if line["kind"] == "budget")
     parts = {name: found[name] for name in (field.name for field in fields(Parts))}
