@@ -36,27 +36,32 @@ class Budget:
         rows: the budget.
         longest: rows of the longest document: no budget is smaller.
         automatic: whether it was found rather than given, and so has to be tried.
-        parts: the estimate it was found by at this start, or None.
         usable: bytes that a rank may fill.
+        estimate: that it was found by at this start, or None.
     """
 
     rows: int
     longest: int
     automatic: bool = False
-    parts: Parts | None = None
     usable: int = 0
+    estimate: Estimate | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """What fills the memory by the estimate. Takes seconds for rows that were not estimated before."""
+        assert self.estimate is not None
+        return self.estimate.parts(self.rows)
 
     def record(self) -> dict[str, Any]:
         """For the log, in bytes."""
-        assert self.parts is not None
         return {"max_tokens_per_device": self.rows, "usable": self.usable, **asdict(self.parts)}
 
     def describe(self) -> str:
         """One line: the budget and what fills the memory."""
-        assert self.parts is not None
-        named = ", ".join(f"{name} {gigabytes(size)}" for name, size in asdict(self.parts).items() if size)
+        parts = self.parts
+        named = ", ".join(f"{name} {gigabytes(size)}" for name, size in asdict(parts).items() if size)
         return (
-            f"max_tokens_per_device: auto is {self.rows:,} rows: an estimated {gigabytes(self.parts.total)} of the "
+            f"max_tokens_per_device: auto is {self.rows:,} rows: an estimated {gigabytes(parts.total)} of the "
             f"{gigabytes(self.usable)} that a rank may fill ({named})"
         )
 
@@ -102,18 +107,18 @@ def choose_budget(
     usable = min(processes.gather(usable_memory(processes.device, layout.local_ranks)))
     estimate = Estimate.of(recipe, begin, objective, store, layout)
 
-    def find() -> Budget:
+    def find() -> int:
         rows = estimate.largest(usable, pointless_beyond(recipe, longest, layout.ranks))
-        parts = estimate.parts(rows or longest)
         if rows == 0:
+            parts = estimate.parts(longest)
             raise ValueError(
                 f"training.max_tokens_per_device: auto: the longest document, of {longest:,} rows, needs an estimated "
                 f"{gigabytes(parts.total)} a rank, which may fill {gigabytes(usable)}; set "
                 "training.gradient_checkpointing: true, shard over more ranks (launch/), or give a number to try it"
             )
-        return Budget(rows, longest, True, parts, usable)
+        return rows
 
-    return processes.on_main(find)
+    return Budget(processes.on_main(find), longest, automatic=True, usable=usable, estimate=estimate)
 
 
 _DECIDE_MEMORY = ("max_tokens_per_device", "gradient_checkpointing", "attention", "compile", "bf16")

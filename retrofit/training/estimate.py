@@ -313,11 +313,13 @@ class Estimate:
     """The memory of one rank as a function of the token budget.
 
     Attributes:
-        begin: its model still on the meta device.
+        begin: what training starts from.
+        model: a copy of its model that stays on the meta device.
         longest: rows of the longest document, its slot included (an MDM's window).
     """
 
     begin: Start
+    model: Any
     objective: Objective
     longest: int
     layout: Layout
@@ -328,10 +330,14 @@ class Estimate:
     def of(
         cls, recipe: Recipe, begin: Start, objective: Objective, store: TokenStore | None, layout: Layout
     ) -> Estimate:
-        """The estimate of a recipe's run. Without the data, their longest document is one that fills the window."""
+        """The estimate of a recipe's run, whose model has to be on the meta device still.
+
+        Without the data, their longest document is one that fills the window.
+        """
         section = recipe.training
         longest = longest_document(recipe, store)
-        return cls(begin, objective, longest, layout, section.bf16, section.ema_decay is not None)
+        model, average = copy.deepcopy(begin.model), section.ema_decay is not None
+        return cls(begin, model, objective, longest, layout, section.bf16, average)
 
     def parts(self, rows: int) -> Parts:
         """What the largest micro-batch of a budget needs, part by part."""
@@ -355,7 +361,7 @@ class Estimate:
     def _micro_batch(self, rows: int, *, masked: bool) -> int:
         if (rows, masked) not in self._measured:
             self._measured[rows, masked] = micro_batch_bytes(
-                self.begin.model, self.objective, rows, self.longest, self.layout, bf16=self.bf16, masked=masked
+                self.model, self.objective, rows, self.longest, self.layout, bf16=self.bf16, masked=masked
             )
         return self._measured[rows, masked]
 

@@ -289,13 +289,13 @@ class Trainer:
     def train(self) -> None:
         """Takes the remaining steps and writes final/."""
         section = self.recipe.training
+        self._at("start")
         if self.processes.is_main:
             self.progress = Progress(self.step, section.max_steps)
             self.trackers = open_trackers(section.report_to, self.run.path, asdict(self.recipe))
-            if self.budget.parts is not None:
+            if self.budget.estimate is not None:
                 self._say(self.budget.describe())
                 self.run.append({"step": self.step, "kind": "budget", **self.budget.record()})
-        self._at("start")
         if self.processes.any(self.guard.received is not None):
             self._stop("before the first step of this start; nothing is lost")
         if self.step == 0 and self.held_out:

@@ -79,7 +79,7 @@ def test_the_budget_is_said_and_kept_in_the_log_and_in_checkpoints(auto: Path) -
 
 
 def test_where_the_trial_runs_out_of_memory_less_is_tried_and_a_resumed_run_knows(
-    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_recipe: MakeRecipe, auto: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tight, again = tmp_path / "tight", tmp_path / "again"
     log = run(make_recipe, tight, "auto", fail_at(0, 1, "trial forward", out_of_memory, times=2))
@@ -87,6 +87,7 @@ def test_where_the_trial_runs_out_of_memory_less_is_tried_and_a_resumed_run_know
     assert (
         "out of memory at 232 rows a micro-batch; trying 197" in said and "197 rows a micro-batch; trying 167" in said
     )
+    assert found(tight)["activations"] < found(auto)["activations"]  # of 167 rows, rather than of 232
     assert found(tight)["max_tokens_per_device"] == 167 and said.count("auto is 167 rows: an estimated") == 1
     assert log == run(make_recipe, tmp_path / "number", 167) and equal(tight, tmp_path / "number")
 

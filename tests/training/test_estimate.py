@@ -25,7 +25,6 @@ from retrofit.training.estimate import (
     Parts,
     largest_batch,
     largest_lengths,
-    longest_document,
     pointless_beyond,
     standing,
 )
@@ -51,11 +50,7 @@ CPU = torch.device("cpu")
 def estimate(recipe: Recipe) -> Estimate:
     store = TokenStore.open(recipe.data.path)
     begin = start.from_recipe(recipe, store)
-    objective = build_objective(recipe, begin.model.config, 0)
-    section = recipe.training
-    return Estimate(
-        begin, objective, longest_document(recipe, store), Layout(), section.bf16, section.ema_decay is not None
-    )
+    return Estimate.of(recipe, begin, build_objective(recipe, begin.model.config, 0), store, Layout())
 
 
 def measure(recipe: Recipe, rows: int, longest: int, device: torch.device = CPU) -> Parts:
