@@ -197,10 +197,10 @@ def test_a_token_budget_is_found_under_this_engine(root: Path) -> None:
 def test_no_rank_holds_more_than_the_estimate_says(root: Path) -> None:
     """Weights, gradients, state, buckets, and micro-batches of up to 58 rows, before the first step.
 
-    What is gathered is an upper bound, so the estimate may be larger, by no more than that. Beside the buckets, 1.6 GB
-    or 0.2 GB of ZeRO, it was 1.17 MB for 1.00 under ZeRO-1, 1.09 for 1.02 under ZeRO-2, 1.06 for 0.88 under ZeRO-3,
-    and 0.79 for 0.67 under FSDP2. DDP gathers nothing, and
-    held 1.064 MB for 1.053: 11 kB of random states, counters and data, and 246 bytes of the micro-batch.
+    What is gathered is an upper bound, so the estimate may be larger, by no more than that. MB estimated and held, the
+    buckets of ZeRO (1.6 GB, 0.2 GB) left out: .97 and .85 under ZeRO-1, .89 and .87 under ZeRO-2, .70 and .57 under
+    ZeRO-3, .76 and .66 under FSDP2. DDP gathers nothing: 1.053 and 1.064, of which 11 kB are random states, counters
+    and data, and 246 bytes the micro-batch's.
     """
     found = next(line for line in read_log(root / "auto-tight") if line["kind"] == "budget")
     parts = {name: found[name] for name in (field.name for field in fields(Parts))}
